@@ -28,6 +28,7 @@ from llama_ds.benchmarks.layer import LayerContestant
 from llama_ds.benchmarks.machine import rank as machine_rank
 from llama_ds.benchmarks.report import layer_results
 from llama_ds.checkpoint.snapshot import HostMemory
+from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, cp_sizes
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
@@ -43,9 +44,10 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.parallel import burn, deepspeed_check, recording, temporary, world
+from llama_ds.parallel.grid import context_parallel
 from llama_ds.parallel.trace import Trace
 from llama_ds.training import machines
-from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device
+from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device, row_share, training_pair
 from llama_ds.training.engines import build
 from llama_ds.training.meter import Meter, peak_memory
 from llama_ds.training.out_of_memory import MemoryExplainer
@@ -135,6 +137,28 @@ def case_products_in_float8(cuda: FakeCuda, folder: Path) -> None:
         pytest.raises(UserError, match=r"compute.fp8: NVIDIA A100-SXM4-80GB has compute capability 8.0, .* need 8.9"),
     ):
         products("compute.fp8=current")
+
+
+def case_a_step_of_ranks_that_share_rows(cuda: FakeCuda, folder: Path) -> None:
+    """From the copy of a rank's tokens to its gradients, by every method, with document masks and without."""
+    for method, masked in ((RING, False), (RING, True), (ALL_TO_ALL, True), (HIERARCHICAL, False)):
+        chosen = ["parallel.cp=4", f"parallel.cp_method={method}", f"data.document_mask={str(masked).lower()}"]
+        run = small_run(*chosen, "model.num_hidden_layers=1")
+        cuda.operators.clear()
+        with fake_ranks(cuda, 4, rank=1):
+            cp = context_parallel(resolve_layout(run, 4), cp_sizes(run)[0], Trace(DEVICE))
+            context = layer_context(run, SingleRank(), "cuda", torch.bfloat16, cp=cp)
+            with DEVICE:
+                loss = NextTokenLoss(context.tp, cp=cp)
+                model = Llama(context, loss, ["selective"]).to(DEVICE, torch.bfloat16)
+            given = MicroBatch(np.zeros((ROWS, T + 1), np.int32), ROWS * T)
+            for batch in on_device(iter([given]), DEVICE, row_share(context, T)):
+                inputs, labels = training_pair(batch, DEVICE, loss, context)
+                ids = inputs[0] if isinstance(inputs, tuple) else inputs
+                assert is_on_device(ids, labels) and ids.shape == labels.shape == (ROWS, T // 4)
+                model(inputs, labels).backward()
+        assert is_on_device(*(weight.grad for weight in model.parameters()))
+        assert {"_flash_attention_forward", "_flash_attention_backward"} <= cuda.operators
 
 
 def case_gradients_added_in_float32(cuda: FakeCuda, folder: Path) -> None:

@@ -126,6 +126,8 @@ def _add_context_options(command: argparse.ArgumentParser) -> None:
     words = "bandwidth of a link in each direction; every rank is a simulated host (needs root)"
     command.add_argument("--rate-mbit", type=size, help=words)
     command.add_argument("--delay-ms", type=delay, default=0.0, help="latency of a link in each direction")
+    words = "neighbouring ranks with unlimited links to each other, as the GPUs of a node (default: %(default)s)"
+    command.add_argument("--node-ranks", type=whole(), default=1, help=words)
     command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
     add_results(command)
 

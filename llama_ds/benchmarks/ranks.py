@@ -42,9 +42,17 @@ def joined(kind: type[T]) -> Iterator[tuple[T, Path, int]]:
 
 
 def start_ranks(
-    module: str, wanted: DataclassInstance, folder: Path, world: int, rate_mbit: float | None, delay_ms: float
+    module: str,
+    wanted: DataclassInstance,
+    folder: Path,
+    world: int,
+    rate_mbit: float | None,
+    delay_ms: float,
+    node_ranks: int = 1,
 ) -> None:
     """Run `python -m module REQUEST.json FOLDER` on every rank, with `wanted` as the request.
+
+    With `rate_mbit` every rank is a host; links between each `node_ranks` neighbours have no limit.
 
     Raises:
         UserError: a rank failed; the message has the end of its log.
@@ -52,7 +60,7 @@ def start_ranks(
     request = folder / "request.json"
     request.write_text(json.dumps(asdict(wanted)))
     with ExitStack() as stack:
-        hosts = stack.enter_context(Hosts(world, rate_mbit, delay_ms)) if rate_mbit else None
+        hosts = stack.enter_context(Hosts(world, rate_mbit, delay_ms, node_ranks)) if rate_mbit else None
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)
         for rank, environment in enumerate(_environments(world, hosts)):

@@ -40,6 +40,7 @@ def _check_stage(run: RunConfig) -> None:
     _check_tensor_parallel(run)
     check_context_parallel(run)
     _check_pipeline(run)
+    _check_post_validation(run)
     _check_autograd_layer(run)
     check_fp8(run)
 
@@ -182,6 +183,27 @@ def _check_autograd_layer(run: RunConfig) -> None:
             f"parallel.recompute = {parallel.recompute} requires compute.decoder_layer = manual_backward; "
             "autograd supports none or full",
         )
+
+
+def _check_post_validation(run: RunConfig) -> None:
+    """Refuse what cannot be undone: an update that precedes its norm restores masters and moments in fp32 only."""
+    if not run.parallel.post_validation:
+        return
+    needed = {
+        "optimizer.name": (run.optimizer.name, "adamw"),
+        "optimizer.state_dtype": (run.optimizer.state_dtype, "fp32"),
+        "optimizer.masters": (run.optimizer.masters, "fp32"),
+        "compute.fp8": (run.compute.fp8, "off"),
+        "checkpoint.compare_states": (run.checkpoint.compare_states, False),
+        "checkpoint.compare_repeats": (run.checkpoint.compare_repeats, 0),
+    }
+    for key, (value, only) in needed.items():
+        if value != only:
+            raise _error(
+                run,
+                f"parallel.post_validation = true needs {key} = {str(only).lower()}, not {str(value).lower()}; change "
+                "one of them",
+            )
 
 
 def check_fp8(run: RunConfig) -> None:

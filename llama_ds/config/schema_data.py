@@ -212,6 +212,15 @@ class DataConfig(Section):
         tuple[SkipConfig, ...], Key("Rows to skip, ordered by `at_step`; a resumed run keeps its past skips.")
     ] = ()
     document_mask: Annotated[bool, Key("Whether attention stops at document boundaries within a packed row.")] = False
+    document_tokens: Annotated[
+        tuple[int, ...],
+        Key(
+            "Lengths of documents, each equally frequent, that plans of a run with `document_mask` count; empty: each "
+            "row is one document. Training does not read them.",
+            "tokens",
+            most=MOST_LENGTH,
+        ),
+    ] = ()
     cache_dir: Annotated[
         str,
         Key(
@@ -261,6 +270,9 @@ class DataConfig(Section):
             if source.epochs is not None and not source.epochs > 0:
                 raise self.broken(f"data.sources.{i}.epochs = {source.epochs} is not positive")
         _check_sum(self, "data.sources", [source.weight for source in self.sources])
+        for i, length in enumerate(self.document_tokens):
+            if length < 1:
+                raise self.broken(f"data.document_tokens.{i} = {length} is not positive; give the tokens of a document")
         for i, stage in enumerate(self.mixture):
             key = f"data.mixture.{i}.weights"
             for name, weight in stage.weights.items():

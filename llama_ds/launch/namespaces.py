@@ -1,7 +1,8 @@
 """Simulated hosts on one Linux machine: network namespaces joined by links of a given bandwidth and latency.
 
 Each host is a namespace with a TUN device. A process forwards packets between the devices with the latency, and the
-kernel's token bucket filter limits each sender to the bandwidth. Needs root, iproute2 and /dev/net/tun.
+kernel's token bucket filter limits each sender to the bandwidth. Neighbours can have links of their own without a
+limit, as the GPUs of a node have beside their network adapters. Needs root, iproute2 and /dev/net/tun.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
@@ -40,13 +42,17 @@ def missing() -> str | None:
 class Hosts:
     """A context in which `count` hosts exist, with a link in each direction between every pair."""
 
-    def __init__(self, count: int, rate_mbit: float, delay_ms: float) -> None:
-        """Raise UserError if this machine cannot create them."""
+    def __init__(self, count: int, rate_mbit: float, delay_ms: float, neighbours: int = 1) -> None:
+        """Take the shape of the links; those within each `neighbours` hosts in order have no limit and no latency.
+
+        Raises:
+            UserError: this machine cannot create such hosts.
+        """
         reason = missing()
         if reason:
             raise UserError(f"shaped links: {reason}")
         self.names = [f"llama{os.getpid()}-{i}" for i in range(count)]
-        self._rate, self._delay = rate_mbit, delay_ms / 1e3
+        self._rate, self._delay, self._neighbours = rate_mbit, delay_ms / 1e3, neighbours
         self._devices: list[int] = []
         self._carrier: BaseProcess | None = None
 
@@ -54,6 +60,9 @@ class Hosts:
         try:
             for i, name in enumerate(self.names):
                 self._make(i, name)
+            for i, j in combinations(range(len(self.names)), 2):
+                if i // self._neighbours == j // self._neighbours:
+                    self._join(i, j)
             fork = multiprocessing.get_context("fork")  # the child inherits the open devices
             carrier = fork.Process(target=carry, args=(self._devices, self._delay), daemon=True)
             carrier.start()
@@ -90,6 +99,17 @@ class Hosts:
         _run(*inside, "link", "set", INTERFACE, "up")
         shape = ("rate", f"{self._rate}mbit", "burst", "64kb", "limit", "64mb")
         _run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf", *shape)
+
+    def _join(self, first: int, second: int) -> None:
+        """Give two hosts a link of their own, over which the addresses of their shaped links are reached."""
+        own, other = self.names[first], self.names[second]
+        ends = {first: f"to{second}", second: f"to{first}"}
+        peer = ("peer", "name", ends[second], "netns", other)
+        _run("ip", "link", "add", "name", ends[first], "netns", own, "type", "veth", *peer)
+        for host, to in ((first, second), (second, first)):
+            inside = ("ip", "-n", self.names[host])
+            _run(*inside, "link", "set", ends[host], "mtu", str(MTU), "up")
+            _run(*inside, "route", "add", f"{self.address(to)}/32", "dev", ends[host], "src", self.address(host))
 
     def _remove(self) -> None:
         if self._carrier:

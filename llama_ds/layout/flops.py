@@ -50,15 +50,18 @@ def parameter_count(model: ModelConfig) -> int:
     return sum(weight.numel(model) for _, weight in weights(model))
 
 
-def layer_costs(model: ModelConfig, seq_len: int) -> list[float]:
-    """Return the forward FLOPs per token of [embedding, decoder layer x L, final norm, head]."""
+def layer_costs(model: ModelConfig, seq_len: int, keys: float | None = None) -> list[float]:
+    """Return the forward FLOPs per token of [embedding, decoder layer x L, final norm, head]; see below for `keys`."""
     head = 2.0 * HEAD.numel(model)
-    return [0.0, *[layer_forward_flops(model, seq_len)] * model.num_hidden_layers, 0.0, head]
+    return [0.0, *[layer_forward_flops(model, seq_len, keys)] * model.num_hidden_layers, 0.0, head]
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return the model FLOPs per token of forward and backward. MFU is this times tokens/s over the peak."""
-    return 3 * sum(layer_costs(model, seq_len))
+def flops_per_token(model: ModelConfig, seq_len: int, keys: float | None = None) -> float:
+    """Return the model FLOPs per token of forward and backward. MFU is this times tokens/s over the peak.
+
+    `keys` is the mean number of tokens that a token sees; None: that of rows of one document.
+    """
+    return 3 * sum(layer_costs(model, seq_len, keys))
 
 
 def device_peak(name: str, dtype: str) -> float | None:
@@ -74,9 +77,9 @@ def device_peak(name: str, dtype: str) -> float | None:
     return None
 
 
-def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
+def layer_forward_flops(model: ModelConfig, seq_len: int, keys: float | None = None) -> float:
     """Return the forward FLOPs per token of one decoder layer, including QK^T and PV."""
-    keys = (seq_len + 1) / 2
+    keys = (seq_len + 1) / 2 if keys is None else keys
     attention = 2 * (2 * model.num_attention_heads * model.head_dim * keys)
     return 2 * _matrix_parameters(model) + attention
 

@@ -39,19 +39,6 @@ def own_ranges(tokens: int, rank: int, sizes: CpSizes) -> tuple[range, ...]:
     return tuple(found)
 
 
-def causal_imbalance(tokens: int, sizes: CpSizes) -> float:
-    """Return the causal work of the busiest rank over the mean, less 1, for a row of one document.
-
-    Ranks that exchange heads compute the same tokens of equally many heads.
-    """
-    groups = sizes._replace(all_to_all=1)
-    work = [
-        sum((part[0] + part[-1] + 2) * len(part) / 2 for part in own_ranges(tokens, group, groups))
-        for group in range(sizes.ring)
-    ]
-    return max(work) * sizes.ring / sum(work) - 1
-
-
 class RingBlock(NamedTuple):
     """A step of the ring on one rank: which of its queries meet which of the keys at hand."""
 

@@ -66,14 +66,6 @@ def rows_of_its_own(cp: ContextParallel) -> Iterator[None]:
         cp.rank, cp.size, cp.sizes = before
 
 
-def own_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
-    """Return this rank's tokens of whole rows: (B, T, ...) -> (B, S, ...)."""
-    if cp.size == 1:
-        return x
-    parts = own_ranges(x.shape[1], cp.rank, cp.sizes)
-    return torch.cat([x[:, part.start : part.stop : part.step] for part in parts], 1)
-
-
 def positions(tokens: int, cp: ContextParallel, rank: int) -> Tensor:
     """Return the positions (S,) in rows of `tokens` that rank `rank` of the group holds."""
     return torch.cat([torch.arange(part.start, part.stop, part.step) for part in own_ranges(tokens, rank, cp.sizes)])

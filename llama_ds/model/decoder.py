@@ -29,6 +29,8 @@ from llama_ds.model.tensor_parallel import TensorParallel, no_sequence_parallel
 from llama_ds.model.weight_gradients import WeightGradients
 
 Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), paired with document_start (B, T) if documents are masked
+# This rank's ids of rows (B, T / cp), paired with document_start if it cannot be read off them.
+Ids = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The two ends of the model: vocabulary-parallel embedding, final norm and output head.
 
-Shapes: B rows, T tokens, D hidden size, V vocabulary, tp ranks; S = T / tp under sequence parallelism, else T.
+Shapes: B rows, T tokens of this rank, D hidden size, V vocabulary, tp ranks; S = T / tp under sequence parallelism,
+else T.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.layout.mup import inverse_width
 from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.layout.weights import EMBEDDING
-from llama_ds.model.context_parallel import own_tokens
-from llama_ds.model.decoder import Hidden, LayerContext
+from llama_ds.model.decoder import Hidden, Ids, LayerContext
 from llama_ds.model.linear import describe
 
 EMBEDDING_LAYER = -1  # layer number in the seeds of initial weights; decoder layers are 0 .. L - 1
@@ -28,8 +28,12 @@ def document_starts(ids: Tensor, marks: DocumentMarks) -> Tensor:
 
     A row that starts in the middle of a document counts as starting one.
     """
-    position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
-    begins = F.pad(ids[:, :-1] == marks.eos, (1, 0)) if marks.begin is None else ids == marks.begin
+    return starts_of(F.pad(ids[:, :-1] == marks.eos, (1, 0)) if marks.begin is None else ids == marks.begin)
+
+
+def starts_of(begins: Tensor) -> Tensor:
+    """Return what `document_starts` does, for whether each token (B, T) begins a document."""
+    position = torch.arange(begins.shape[1], device=begins.device, dtype=torch.int32)
     return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
 
 
@@ -46,14 +50,19 @@ class VocabParallelEmbedding(nn.Module):
         self.own = own_rows(model.vocab_size, tp.rank, tp.size)
         self.whole = EMBEDDING.shape(model)
 
-    def forward(self, ids: Tensor) -> Hidden:
-        """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked.
+    def forward(self, inputs: Ids) -> Hidden:
+        """(B, T) -> (B, S, D), paired with document_start if documents are masked.
 
-        `ids` are of whole rows; context-parallel ranks look up their own tokens.
+        Raises:
+            ValueError: context-parallel ranks, which do not have all ids of a row, are not given document_start.
         """
-        x = self.tp.leave(self.lookup(own_tokens(ids, self.cp)))
-        masked = self.document_mask and self.caches.cache is None  # generated text and its context are one document
-        return (x, document_starts(ids, self.marks)) if masked else x
+        ids, start = inputs if isinstance(inputs, tuple) else (inputs, None)
+        x = self.tp.leave(self.lookup(ids))
+        if not self.document_mask or self.caches.cache is not None:  # generated text and its context are one document
+            return x
+        if start is None and self.cp.size > 1:
+            raise ValueError("the ids of a context-parallel rank do not say where the documents of a row begin")
+        return x, document_starts(ids, self.marks) if start is None else start
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, T) -> partial sums (B, T, D)."""

@@ -22,7 +22,7 @@ from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.model.attention import choose_backend
 from llama_ds.model.context_parallel import ContextParallel, WholeRows
 from llama_ds.model.cpu_products import choose_products
-from llama_ds.model.decoder import DecoderLayer, LayerContext
+from llama_ds.model.decoder import DecoderLayer, Ids, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.fp8 import Fp8Products, QuantisedWeights, check_capability
 from llama_ds.model.fp8_delayed import DelayedProducts
@@ -111,9 +111,10 @@ class Llama(nn.Module):
         self.loss = loss
         self.tp = context.tp
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, last: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Ids, labels: Tensor | None = None, last: Tensor | None = None) -> Tensor:
         """Return the loss of ids and labels, each (B, T), or, without labels, this rank's logits (B, T, V / tp).
 
+        Context-parallel ranks take their own tokens' ids and labels, and document_start if documents are masked.
         With `last` (B,), only the logits (B, V / tp) at these positions of the rows.
         """
         layers = list(self.layers)

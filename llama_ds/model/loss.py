@@ -17,7 +17,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.layout.vocab_parts import own_rows
-from llama_ds.model.context_parallel import ContextParallel, WholeRows, own_tokens, whole_rows
+from llama_ds.model.context_parallel import ContextParallel, WholeRows, whole_rows
 from llama_ds.model.pointwise import compiled_for
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
@@ -33,7 +33,7 @@ class NextTokenLoss(nn.Module):
     sets it to the mean number of labels of the micro-batches of a step, so that the mean of their losses is the mean
     over all labels. None: by the number of the labels given.
 
-    Labels are those of whole rows. Context-parallel ranks take their own tokens' and divide by labels / n, so that the
+    Context-parallel ranks have the labels of their own tokens. They divide by labels / n of whole rows, so that the
     mean over ranks is the loss.
     """
 
@@ -70,13 +70,18 @@ class NextTokenLoss(nn.Module):
         self.scores: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Return the scalar loss of head = (hidden states (B, S, D), W (R, D)) and labels (B, T)."""
+        """Return the scalar loss of head = (hidden states (B, S, D), W (R, D)) and labels (B, T).
+
+        Raises:
+            ValueError: context-parallel ranks, which do not have all labels of a row, are not told their number.
+        """
         x, weight = head
-        if self.cp.size == 1:
-            return _HeadLoss.apply(x, weight, labels, self, self.labels, torch.is_grad_enabled())
-        total = (labels != IGNORED).sum() if self.labels is None else self.labels
-        own = own_tokens(labels, self.cp)
-        return _HeadLoss.apply(x, weight, own, self, total / self.cp.size, torch.is_grad_enabled())
+        divisor = self.labels
+        if self.cp.size > 1:
+            if divisor is None:
+                raise ValueError("a context-parallel rank cannot count the labels of whole rows; set `labels`")
+            divisor /= self.cp.size
+        return _HeadLoss.apply(x, weight, labels, self, divisor, torch.is_grad_enabled())
 
     def own_rows(self, held: int) -> range:
         """Return the ids whose rows this rank holds, in `held` rows of W."""
@@ -99,7 +104,7 @@ class _HeadLoss(Function):
         weight: Tensor,
         labels: Tensor,
         owner: NextTokenLoss,
-        divisor: float | Tensor | None,
+        divisor: float | None,
         training: bool,
     ) -> Tensor:
         tp, z_weight = owner.tp, owner.z_weight if training else 0.0
@@ -115,11 +120,8 @@ class _HeadLoss(Function):
         grad_x = torch.empty_like(rows) if training else None
         grad_weight = torch.empty(weight.shape, dtype=wide, device=x.device) if training else None
         # None: all labels count, and the host knows it.
-        known = None if isinstance(divisor, Tensor) else divisor
-        ignored = None if known == len(labels) else labels == IGNORED
-        total = len(labels) if ignored is None else known or (~ignored).sum().to(wide)
-        if isinstance(divisor, Tensor):
-            total = divisor.to(wide)
+        ignored = None if divisor == len(labels) else labels == IGNORED
+        total = len(labels) if ignored is None else divisor or (~ignored).sum().to(wide)
         size = max(1, chunk_tokens(len(rows), rows.shape[1], len(weight)))
         ids = owner.own_rows(len(weight))
         greedy = None if counted is None else torch.empty_like(labels, dtype=torch.bool)

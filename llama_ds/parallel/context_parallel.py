@@ -34,13 +34,14 @@ class GroupContextParallel:
 
     def start_pass(self, x: Tensor) -> Pending:
         x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        # As one batch: NCCL would run a send before the receive that it waits for, and so would the neighbours.
+        # As one batch: NCCL would run a send before the receive that it waits for, and so would the neighbours. The
+        # receive comes first: gloo tells the sender of it, in a ring of two on the connection that our data fills.
         messages = [
-            dist.P2POp(dist.isend, x, self._next, self.groups.ring),
             dist.P2POp(dist.irecv, received, self._previous, self.groups.ring),
+            dist.P2POp(dist.isend, x, self._next, self.groups.ring),
         ]
         handles = dist.batch_isend_irecv(messages)
-        watched = self.trace.watch("cp", handles[-1], x.nbytes)
+        watched = self.trace.watch("cp", handles[0], x.nbytes)
 
         def wait() -> Tensor:
             trace = self.trace

@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from llama_ds.model.decoder import LayerContext
+from llama_ds.model.decoder import Ids, LayerContext
 from llama_ds.model.key_value_cache import LayerCache
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import DecodePass, own_logits
@@ -32,7 +32,7 @@ from llama_ds.schedules.leading import leading_forwards
 from llama_ds.schedules.schedule import Schedule
 
 CacheOf = Callable[[int], LayerCache]  # takes the number of a micro-batch
-Batches = Iterator[tuple[Tensor, Tensor]]  # ids and labels, (b, T) each
+Batches = Iterator[tuple[Ids, Tensor]]  # ids and labels of this rank's tokens
 Key = tuple[int, int]  # chunk, micro-batch
 
 
@@ -76,7 +76,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._live: dict[Key, tuple[Tensor | None, GradientEdge]] = {}  # input and output of a forward
         self._outgoing: dict[Instruction, list[Tensor]] = {}  # outputs by the send that follows
         self._batches: Batches = iter(())
-        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+        self._read: dict[int, tuple[Ids, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
         self._passes: Sequence[DecodePass] = ()  # instead of micro-batches, while text is generated
         self._cache_of: CacheOf | None = None  # takes a micro-batch; None: rows are whole
@@ -229,7 +229,7 @@ class LlamaPipelineEngine(PipelineEngine):
         contributes = self.stage_id == self._last[0] and self.grid.get_slice_parallel_rank() == 0
         return self._loss / (micro_batches * self.dp_world_size) if contributes else torch.zeros_like(self._loss)
 
-    def _batch(self, micro_batch: int, last_use: bool) -> tuple[Tensor, Tensor]:
+    def _batch(self, micro_batch: int, last_use: bool) -> tuple[Ids, Tensor]:
         while micro_batch not in self._read:
             # The first and the last stage read all micro-batches in order.
             begin = self._trace.mark()

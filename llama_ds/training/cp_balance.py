@@ -13,6 +13,7 @@ import numpy as np
 from llama_ds.config.context_parallel import CpSizes, cp_sizes
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
+from llama_ds.data.documents import document_begins
 from llama_ds.layout.row_cuts import own_ranges
 
 
@@ -46,15 +47,10 @@ def balance_of(run: RunConfig, marks: DocumentMarks) -> CpBalance | None:
 
 def ring_work(ids: np.ndarray, marks: DocumentMarks, sizes: CpSizes) -> np.ndarray:
     """Return the number of (query, key) pairs that each group of the ring computes of rows (b, T): (ring,)."""
-    ids = np.where(ids < 0, ~ids, ids)  # filler is marked by negative ids
     tokens = ids.shape[1]
-    begins = np.zeros(ids.shape, dtype=bool)
-    if marks.begin is None:
-        begins[:, 1:] = ids[:, :-1] == marks.eos
-    else:
-        begins = ids == marks.begin
     position = np.arange(tokens)
-    visible = (position - np.maximum.accumulate(np.where(begins, position, 0), 1) + 1).sum(0)
+    begins = np.where(document_begins(ids, marks), position, 0)
+    visible = (position - np.maximum.accumulate(begins, 1) + 1).sum(0)
     groups = sizes._replace(all_to_all=1)
     own = [own_ranges(tokens, rank, groups) for rank in range(sizes.ring)]
     return np.array([sum(int(visible[part.start : part.stop : part.step].sum()) for part in parts) for parts in own])

@@ -33,7 +33,7 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
 from llama_ds.training.cp_balance import balance_of
-from llama_ds.training.device_batches import MicroBatch, on_device
+from llama_ds.training.device_batches import MicroBatch, on_device, row_share
 from llama_ds.training.engines.interface import Engine
 
 INTACT, DAMAGED, FAILED = range(3)  # status of the shards that a rank needs next
@@ -117,7 +117,8 @@ class Feed:
         summed = self._summed(self._shared)
         # The last stage draws a micro-batch up to a full step after the first. If one reader feeds both, a shorter
         # read-ahead could starve one of them.
-        self._ahead = ReadAhead(on_device(summed, self._device), depth=accumulation + 2)
+        needed = row_share(self._engine.context, self._run.data.seq_len) if self._layout.cp > 1 else None
+        self._ahead = ReadAhead(on_device(summed, self._device, needed), depth=accumulation + 2)
         first_step = list(itertools.islice(self._ahead, accumulation))
         self._batches = itertools.chain(first_step, self._ahead)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import GIB, POLICIES
 from llama_ds.config.row_stages import first_step, stage_runs, stage_steps, stages_key
@@ -17,6 +18,7 @@ from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.mup import initial_factor, inverse_width, rate_factor, scores_factor
 from llama_ds.layout.partition import stage_boundaries, stage_parameters
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.planned_documents import assumption, planned_rows, ring_imbalance
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.layout.vocab_parts import padding_rows
@@ -104,9 +106,20 @@ def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
         ("vocabulary", _vocabulary(run, layout)),
         *([("muP", _mup(run))] if model.mup else []),
         ("FLOPs per token", f"{short(flops)} forward and backward, causal attention at sequence length {seq_len}"),
+        *([("  with documents", _documents(run))] if run.data.document_mask else []),
         ("  with recompute", f"{short(hardware)} (recompute: {run.parallel.recompute})"),
         ("FLOPs of the run", f"{_flops_of_run(run):.3g}"),
     )
+
+
+def _documents(run: RunConfig) -> str:
+    """Return the FLOPs of a token among the documents that plans count, and the work of a ring's ranks."""
+    rows, sizes = planned_rows(run), cp_sizes(run)[0]
+    keys = rows.keys
+    text = f"{short(flops_per_token(run.model, run.data.seq_len, keys))}, {keys:,.0f} keys per token: {assumption(run)}"
+    if run.parallel.cp == 1 or sizes.ring == 1:
+        return text
+    return f"{text}; attention of the slowest rank of the ring {1 + ring_imbalance(rows, sizes, 1):.4f} of the mean"
 
 
 def _mup(run: RunConfig) -> str:

@@ -33,7 +33,7 @@ from llama_ds.model import ring_blocks
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import AttentionKernel, Statistics, _Reference, attention_kernel
 from llama_ds.model.attention_torch_flash import TorchFlash
-from llama_ds.model.context_parallel import own_tokens, rows_of_its_own, whole_rows
+from llama_ds.model.context_parallel import ContextParallel, rows_of_its_own, whole_rows
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.ring_attention import RingAttention
@@ -81,6 +81,14 @@ class ThreadRank:
     def all_to_all(self, x: Tensor) -> Tensor:
         group, member = divmod(self.rank, self.sizes.all_to_all)
         return self.all_gather(x)[group * len(x) : (group + 1) * len(x), member]
+
+
+def own_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
+    """Return this rank's tokens of whole rows: (B, T, ...) -> (B, S, ...)."""
+    if cp.size == 1:
+        return x
+    parts = own_ranges(x.shape[1], cp.rank, cp.sizes)
+    return torch.cat([x[:, part.start : part.stop : part.step] for part in parts], 1)
 
 
 def on_ranks(

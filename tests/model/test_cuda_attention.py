@@ -20,11 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llama_ds.config.context_parallel import RING
 from llama_ds.model import attention
 from llama_ds.model.attention import CausalAttention, Documents, reference
 from llama_ds.model.attention_kernels import attention_kernel, block_kernel
 from llama_ds.model.attention_torch_flash import packed_attention
+from llama_ds.model.ring_attention import RingAttention
 from tests.model import flash_attn_signatures
+from tests.model.test_context_parallel import Alone, Mailboxes
 
 ROWS, LENGTH, HEADS, GROUPS, SIZE = 2, 96, 6, 2, 16
 STARTS = torch.tensor([[0] * 40 + [40] * 56, [0] * 95 + [95]])
@@ -177,7 +180,8 @@ class Package:
             if "dout" in given:
                 assert given["dout"].shape == given["out"].shape == q.shape
                 return [torch.empty_like(x) for x in (q, k, v)]
-            out, lse = torch.empty(q.shape, device=q.device, dtype=q.dtype), torch.empty(q.shape[:-1], device=q.device)
+            out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+            lse = torch.empty(*q.shape[:-3], q.shape[-2], q.shape[-3], device=q.device)  # (B, H, T), packed (H, N)
             if name.startswith("flash_attn"):
                 return (out, None) if self.__name__ == attention.FLASH_4 else out
             return out, lse, torch.empty(0), torch.empty(2)
@@ -217,6 +221,56 @@ def test_calls_fit_the_signatures_of_flash_attn(version: str, monkeypatch: pytes
         assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
         assert plain._backend(q, k, v, documents).shape == q.shape
     assert package.called == flash_attn_signatures.stored()[version].keys()
+
+
+class RingPackage(Package):
+    """The same for the blocks of a ring: it notes how many tokens meet, and which blocks are causal."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(version)
+        self.blocks: list[tuple[int, int, bool]] = []
+
+    def check(self, given: dict[str, Any], packed: bool) -> None:
+        tokens = 0 if packed else 1
+        queries, keys = (given[name].shape[tokens] for name in "qk")
+        self.blocks.append((queries, keys, given["causal"]))
+        assert given["k"].shape == given["v"].shape and given["q"].shape[-2:] == (HEADS, SIZE)
+        if packed:
+            offsets = given["cu_seqlens_q"].tolist()
+            assert offsets == given["cu_seqlens_k"].tolist() and offsets[-1] == queries == keys
+            longest = max(end - begin for begin, end in pairwise(offsets))
+            assert given["max_seqlen_q"] == given["max_seqlen_k"] == longest
+        if "dout" in given or "dq" in given:
+            lse = next(given[name] for name in ("softmax_lse", "lse") if name in given)
+            assert lse.is_contiguous() and lse.shape[-2:] == (HEADS, queries)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("version", list(flash_attn_signatures.stored()))
+def test_blocks_of_a_ring_fit_the_signatures_of_flash_attn(
+    version: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks: a causal block of its own, then halves without a mask. Stripes: one call for the documents of a step.
+
+    The second of three ranks, forward and backward; of documents that begin at 0, 40 | 0, 95, two leave it a square
+    in a step, and of keys of a later rank the square lacks the first query.
+    """
+    package, real = RingPackage(version), importlib.import_module
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: package if name.startswith("flash_attn") else real(name)
+    )
+    monkeypatch.setattr("llama_ds.model.attention_kernels.flash_module", lambda: package)
+    ring = RingAttention(Alone(1, 3, RING, Mailboxes(1), striped=packed), "flash_attn")
+    q, k, v, grad = (x[:, : LENGTH // 3] for x in layer_inputs("cpu", torch.bfloat16))
+    documents = Documents(STARTS) if packed else None
+    out, statistics = ring.forward(q, k, v, documents)
+    grads = ring.backward(grad, q, k, v, out, statistics, documents)
+    assert [(x.shape, x.dtype) for x in (out, *grads)] == [(x.shape, x.dtype) for x in (q, q, k, v)]
+    if packed:
+        wanted = [(64, 64, True), (63, 63, True), (61, 61, True)]
+    else:
+        wanted = [(32, 32, True), (32, 16, False), (16, 32, False)]
+    assert package.blocks == wanted * 2
 
 
 @pytest.mark.parametrize(

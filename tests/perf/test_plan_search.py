@@ -14,8 +14,8 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.planned_documents import one_document, ring_imbalance
 from llama_ds.layout.recompute import stage_policies
-from llama_ds.layout.row_cuts import causal_imbalance
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.cost import run_cost
 from llama_ds.perf.plan.estimate import estimate, report
@@ -128,7 +128,7 @@ def test_a_ring_sends_keys_and_values_and_the_gradients_of_both() -> None:
     assert costs.imbalance == pytest.approx(3.5 / 65536.5)
     assert costs.hidden_s > 10 * costs.exposed_s > 0
     assert "imbalance of causal work 0.0%" in report(found)
-    assert causal_imbalance(1200, CpSizes(3)) == 0
+    assert ring_imbalance(one_document(1200), CpSizes(3), 1) == 0
 
 
 def test_the_bound_is_below_the_simulated_time() -> None:

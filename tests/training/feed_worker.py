@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.run_file import load_run
 from llama_ds.data.stream import open_data
 from llama_ds.errors import UserError
@@ -47,6 +48,10 @@ def draw(scenario: dict[str, Any], rank_info: world.RankInfo, folder: Path) -> d
     )
     steps = range(*scenario["steps"])
     batches, labels, error, data = [], [], "", open_data(run)
+    if layout.cp > 1:
+        cp = SimpleNamespace(rank=layout.coords(rank_info.rank).cp, size=layout.cp, sizes=cp_sizes(run)[0])
+        marks = data.sources.tokenizer.marks
+        engine.context = SimpleNamespace(cp=cp, document_mask=run.data.document_mask, marks=marks)
     try:
         feed = Feed(run, layout, data, steps, engine, rank_info, torch.device("cpu"))
         for step in steps:

@@ -9,12 +9,22 @@ import numpy as np
 import pytest
 import torch
 
+from llama_ds.config.context_parallel import CpSizes
+from llama_ds.config.document_marks import DocumentMarks
+from llama_ds.config.schema import ModelConfig
 from llama_ds.data.read_ahead import ReadAhead
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.row_cuts import own_ranges
+from llama_ds.model.attention import CausalAttention
+from llama_ds.model.context_parallel import WholeRows
+from llama_ds.model.decoder import LayerContext
+from llama_ds.model.embedding import VocabParallelEmbedding, document_starts
 from llama_ds.model.loss import IGNORED, NextTokenLoss
+from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device, training_pair
+from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device, row_share, training_pair
 from llama_ds.training.validation import Validation, validation_batches
+from tests.model.test_context_parallel import own_tokens
 
 
 def batches() -> list[MicroBatch]:
@@ -30,15 +40,62 @@ def test_a_cpu_gets_the_arrays_themselves() -> None:
 
 def test_filler_is_an_input_and_no_label() -> None:
     loss, cpu = NextTokenLoss(SingleRank()), torch.device("cpu")
+    context: Any = SimpleNamespace(cp=WholeRows())
     rows = np.array([[1, 5, 6, 2, 1], [6, 2, ~2, ~2, ~2]], np.int32)
-    ids, labels = training_pair(MicroBatch(rows, 4.5), cpu, loss)
-    assert ids.tolist() == [[1, 5, 6, 2], [6, 2, 2, 2]]
+    ids, labels = training_pair(MicroBatch(rows, 4.5), cpu, loss, context)
+    assert isinstance(ids, torch.Tensor) and ids.tolist() == [[1, 5, 6, 2], [6, 2, 2, 2]]
     assert labels.tolist() == [[5, 6, 2, 1], [2, IGNORED, IGNORED, IGNORED]]
     assert loss.labels == 4.5
-    training_pair(rows, cpu, loss)
-    assert loss.labels is None  # the loss counts
-    training_pair(rows[:1], cpu, loss)
+    training_pair(rows, cpu, loss, context)
+    assert loss.labels == 5
+    training_pair(rows[:1], cpu, loss, context)
     assert loss.labels == 4
+
+
+@pytest.mark.parametrize("marks", [None, DocumentMarks(1, 2), DocumentMarks(None, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [CpSizes(2), CpSizes(4), CpSizes(1, 4), CpSizes(2, 2), CpSizes(4, striped=True), CpSizes(2, 2, striped=True)],
+)
+def test_a_rank_gets_its_tokens_and_where_documents_begin(sizes: CpSizes, marks: DocumentMarks | None) -> None:
+    """Equal to whole rows, cut afterwards: ids, labels over every cut, filler, document starts of whole rows.
+
+    Bytes: ids and labels of a chunk overlap but for one column; those of stripes do not, and are 1 / cp of a row's ids
+    and labels. Documents take a bit for each token.
+    """
+    tokens, cpu, loss = 48, torch.device("cpu"), NextTokenLoss(SingleRank())
+    rows = np.random.default_rng(0).integers(0, 6, (3, tokens + 1))
+    rows[2, 20:] = ~rows[2, 20:]  # filler
+    whole_ids, whole_labels = ids_and_labels(rows, cpu)
+    for rank in range(sizes.ranks):
+        cp = SimpleNamespace(rank=rank, size=sizes.ranks, sizes=sizes)
+        context: Any = SimpleNamespace(cp=cp, document_mask=marks is not None, marks=marks)
+        given, found = MicroBatch(rows, 116.0), []
+        for batch in (given, *on_device(iter([given]), cpu, row_share(context, tokens))):
+            ids, labels = training_pair(batch, cpu, loss, context)
+            if marks:
+                ids, starts = ids
+                assert torch.equal(starts, document_starts(whole_ids, marks)) and starts.dtype == torch.int32
+            assert isinstance(ids, torch.Tensor) and ids.dtype == labels.dtype == torch.int64
+            assert torch.equal(ids, own_tokens(whole_ids, cp)) and torch.equal(labels, own_tokens(whole_labels, cp))
+            assert loss.labels == 116.0
+            found.append(batch.rows)
+        own = tokens // sizes.ranks
+        columns = 2 * own if sizes.striped else own + len(own_ranges(tokens, rank, sizes))
+        assert found[1].nbytes == 3 * (4 * columns + (8 if marks else 0))
+
+
+def test_ids_that_do_not_show_all_documents_or_labels_are_refused() -> None:
+    """A rank would otherwise mask, or divide, by its own part of a row only."""
+    cp: Any = SimpleNamespace(rank=0, size=2, sizes=CpSizes(2))
+    with pytest.raises(ValueError, match="cannot count the labels"):
+        NextTokenLoss(SingleRank(), cp=cp)((torch.ones(1, 2, 3), torch.ones(5, 3)), torch.ones(1, 2).long())
+    model = ModelConfig(16, 8, 16, 1, 1, 1, 8)
+    tables = RotaryTables(model, 4)
+    context = LayerContext(model, 7, SingleRank(), CausalAttention("sdpa"), tables, cp, document_mask=True)
+    embedding = VocabParallelEmbedding(context)
+    with pytest.raises(ValueError, match="do not say where the documents of a row begin"):
+        embedding(torch.zeros(1, 2).long())
 
 
 def test_the_validation_loss_is_divided_by_the_labels_of_all_ranks() -> None:

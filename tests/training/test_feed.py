@@ -16,6 +16,7 @@ import pytest
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import dump_yaml
 from llama_ds.data.building.build import build_source
+from llama_ds.data.documents import document_begins
 from llama_ds.data.filler import count_labels
 from llama_ds.data.order import BadShard
 from llama_ds.data.source.manifest import checksum_line, checksums_name, shard_name
@@ -140,6 +141,7 @@ def scenario(root: Path, shards: list[str], **change: Any) -> dict[str, Any]:
 TWO_HOSTS = ["one", "one", "two", "two"]
 PP4 = {"reads": [True, False, False, True], "overrides": ["parallel.pp=4", "parallel.tp=1"]}
 DP2 = {"dp_ranks": [0, 1, 0, 1], "overrides": ["parallel.tp=1"]}
+CP2 = {"overrides": ["parallel.tp=1", "parallel.cp=2", "parallel.cp_method=ring", "data.document_mask=true"]}
 
 
 def scenarios(root: Path) -> dict[str, dict[str, Any]]:
@@ -151,6 +153,7 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "pp 2 dp 2": scenario(root, sound, hosts=TWO_HOSTS, **DP2),
         "every step": scenario(root, sound, hosts=TWO_HOSTS, overrides=["data.check_interval=1"]),
         "from step 7": scenario(root, sound, steps=[7, STEPS]),
+        "pp 2 cp 2": scenario(root, sound, hosts=TWO_HOSTS, steps=[7, STEPS], **CP2),
         "one host's copy is damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS),
         "each host's copy is damaged": scenario(root, ["flipped", "flipped", "cut", "cut"], hosts=TWO_HOSTS),
         "from step 7 damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS, steps=[7, STEPS]),
@@ -209,6 +212,22 @@ def test_ranks_get_the_rows_of_the_order(name: str, root: Path, outcome: Callabl
             assert seen["labels"].tolist() == [count_labels(rows) for rows in whole]
         else:
             assert seen["batches"].size == 0
+
+
+@pytest.mark.slow
+def test_ranks_that_share_rows_get_their_share(root: Path, outcome: Callable[[str], Outcome]) -> None:
+    """Ranks 0 and 2 have the even tokens of both ends of the pipeline, all know where documents begin."""
+    data = dataset(root)
+    rows = read_alone(data, 7)
+    marks, labels = data.sources.tokenizer.marks, [count_labels(of_step) for of_step in rows]
+    for rank, seen in enumerate(outcome("pp 2 cp 2")):
+        assert not seen["error"] and seen["labels"].tolist() == labels
+        own = seen["batches"].reshape(-1, SEQ_LEN + 1)  # as many ids and labels as a row has, and a word of bits
+        wanted = rows.reshape(-1, SEQ_LEN + 1)
+        assert np.array_equal(own[:, : SEQ_LEN // 2], wanted[:, rank % 2 : SEQ_LEN : 2])
+        assert np.array_equal(own[:, SEQ_LEN // 2 : SEQ_LEN], wanted[:, rank % 2 + 1 :: 2])
+        begins = document_begins(wanted[:, :-1], marks)
+        assert begins.any() and np.array_equal(own[:, SEQ_LEN], begins @ (1 << np.arange(SEQ_LEN)))
 
 
 @pytest.mark.slow

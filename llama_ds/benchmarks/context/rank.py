@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -24,13 +25,18 @@ WARMUP = 1  # untimed turns
 
 
 class TimedContextParallel(GroupContextParallel):
-    """The communicator of a rank, which sums the seconds for which the rank waits for messages."""
+    """The communicator of a rank, which sums the seconds for which the rank waits for messages.
+
+    A silent one sends nothing, and returns what it was given: what remains is the time of the computation.
+    """
 
     def __init__(self, groups: CpGroups, sizes: CpSizes) -> None:
         super().__init__(groups, sizes)
-        self.waited = 0.0
+        self.waited, self.silent = 0.0, False
 
     def start_pass(self, x: Tensor) -> Pending:
+        if self.silent:
+            return lambda: x
         pending = super().start_pass(x)
 
         def wait() -> Tensor:
@@ -42,6 +48,8 @@ class TimedContextParallel(GroupContextParallel):
         return wait
 
     def all_to_all(self, x: Tensor) -> Tensor:
+        if self.silent:
+            return x.contiguous()
         start = time.perf_counter()
         received = super().all_to_all(x)
         self.waited += time.perf_counter() - start
@@ -52,9 +60,7 @@ def main() -> None:
     """Time forward and backward of attention by each method in turns; rank 0 writes times.json."""
     with joined(ContextRequest) as (request, folder, rank):
         own = {name: _communicator(request, sizes) for name, sizes in request.methods.items()}
-        found = {
-            str(tokens): {name: _times(request, cp, tokens) for name, cp in own.items()} for tokens in request.seq_lens
-        }
+        found = {str(tokens): _times(request, own, tokens) for tokens in request.seq_lens}
         if rank == 0:
             (folder / "times.json").write_text(json.dumps(found))
 
@@ -66,22 +72,44 @@ def _communicator(request: ContextRequest, sizes: CpSizes) -> TimedContextParall
     return TimedContextParallel(made.groups, sizes)
 
 
-def _times(request: ContextRequest, cp: TimedContextParallel, tokens: int) -> dict[str, list[float]]:
-    """Return the slowest rank's seconds of each turn, and the most that a rank waited for messages in it."""
+def _times(
+    request: ContextRequest, methods: dict[str, TimedContextParallel], tokens: int
+) -> dict[str, dict[str, list[float]]]:
+    """Return lists with a number of each turn for each method, in seconds.
+
+    They are the whole turn on the slowest rank, what the ranks waited for messages on average, and forward and backward
+    of a silent turn on the slowest rank. Methods alternate, so that a change in the machine's speed affects them alike.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in methods}
+    for turn in range(WARMUP + request.repeats):
+        for name, cp in methods.items():
+            cp.silent = True
+            forward, backward = world.maximum(list(_turn(request, cp, tokens)), _CPU)
+            cp.silent, cp.waited = False, 0.0
+            seconds = world.maximum([sum(_turn(request, cp, tokens))], _CPU)[0]
+            waited = world.total([cp.waited], _CPU)[0] / request.ranks
+            if turn >= WARMUP:
+                for key, value in (
+                    ("seconds", seconds), ("waited", waited), ("forward", forward), ("backward", backward)
+                ):  # fmt: skip
+                    found[name][key].append(value)
+    return found
+
+
+def _turn(request: ContextRequest, cp: TimedContextParallel, tokens: int) -> tuple[float, float]:
+    """Return the seconds of forward and backward on this rank."""
     generator = torch.Generator().manual_seed(cp.rank)
     q, grad, k, v = (
         torch.randn(1, tokens // cp.size, heads, request.head_dim, generator=generator)
         for heads in (request.heads, request.heads, request.kv_heads, request.kv_heads)
     )
-    kernel, found = kernel_over(cp, "sdpa"), []
-    for _ in range(WARMUP + request.repeats):
-        world.barrier()
-        cp.waited, start = 0.0, time.perf_counter()
-        out, statistics = kernel.forward(q, k, v, None)
-        kernel.backward(grad, q, k, v, out, statistics, None)
-        found.append(world.maximum([time.perf_counter() - start, cp.waited], _CPU))
-    seconds, waited = zip(*found[WARMUP:], strict=True)
-    return {"seconds": list(seconds), "waited": list(waited)}
+    kernel = kernel_over(cp, "sdpa")
+    world.barrier()
+    start = time.perf_counter()
+    out, statistics = kernel.forward(q, k, v, None)
+    middle = time.perf_counter()
+    kernel.backward(grad, q, k, v, out, statistics, None)
+    return middle - start, time.perf_counter() - middle
 
 
 _CPU = torch.device("cpu")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, CpSizes
 from llama_ds.errors import UserError
 
+ELEMENT_BYTES = 4  # float32
+
 
 @dataclass(frozen=True)
 class ContextRequest:
@@ -20,6 +22,7 @@ class ContextRequest:
     rate_mbit: float | None  # bandwidth of a link in each direction; None: loopback
     delay_ms: float
     repeats: int
+    node_ranks: int = 1  # neighbouring ranks whose links to each other have no limit
 
     @property
     def methods(self) -> dict[str, CpSizes]:
@@ -41,6 +44,10 @@ class ContextRequest:
             )
         if self.heads % self.ranks:
             raise UserError(f"command line: --ranks {self.ranks} does not divide --heads {self.heads}; use a divisor")
+        if self.ranks % self.node_ranks:
+            raise UserError(
+                f"command line: --node-ranks {self.node_ranks} does not divide --ranks {self.ranks}; use a divisor"
+            )
         for tokens in self.seq_lens:
             if tokens % (2 * self.ranks):
                 raise UserError(

@@ -11,6 +11,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.partition import decoder_layers, stage_boundaries
+from llama_ds.layout.planned_documents import assumption
 from llama_ds.layout.recompute import GIB, StagePolicies, stage_policies, with_device_memory
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import job_of, layers_by_policy
@@ -143,6 +144,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "optimizer_s": step.optimizer,
         "host_s": step.host,
         "context_parallel": asdict(sharing) if sharing else None,
+        "documents": {"assumed": assumption(found.run), "mean_keys": step.job.documents.keys},
         "likely_tokens_per_s_per_gpu": likely[:2] if (likely := likely_speed(found.gpu, step)) else None,
         "fits": found.fits,
         "peak_memory_gib": found.peak_bytes / GIB,
@@ -154,6 +156,15 @@ def _likely_words(found: Interval) -> str:
     return (
         f"  likely         {found.low:,.0f} to {found.high:,.0f} tokens/s/GPU; of {found.runs:,} measured runs like it "
         f"{found.covered:.0%} lay in the interval of the other sources"
+    )
+
+
+def _attention_words(found: Estimate) -> str:
+    """Return which documents the estimate counts, and how much attention they leave."""
+    job = found.step.job
+    return (
+        f"of {assumption(found.run)}: a token sees {job.documents.keys:,.0f} tokens on average, "
+        f"{2 * job.documents.keys / (job.seq_len + 1):.1%} of those in rows of one document"
     )
 
 
@@ -178,6 +189,7 @@ def report(found: Estimate) -> str:
         f"  memory         {found.peak_bytes / GIB:.1f} of {found.gpu.memory_gib:.0f} GiB"
         f"{'' if found.fits else ': DOES NOT FIT'}",
         *([f"  context        {sharing.words()}"] if sharing else []),
+        *([f"  attention      {_attention_words(found)}"] if found.run.data.document_mask else []),
         "",
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
         f"{'working':>8} {'margin':>7} {'GiB':>7}",

@@ -141,7 +141,7 @@ def _communication(found: Estimate) -> list[tuple[str, str]]:
 
 def _step(found: Estimate) -> list[tuple[str, str]]:
     step, job = found.step, found.step.job
-    flops = flops_per_token(job.model, job.seq_len)
+    flops = flops_per_token(job.model, job.seq_len, job.documents.keys)
     largest = max(rank_parameters(job))
     return [
         (
@@ -179,8 +179,8 @@ def _full_attention_mfu(found: Estimate) -> float:
     """Return the MFU with 12 L D T attention FLOPs per token, as in many papers (PaLM, appendix B)."""
     job = found.step.job
     model = job.model
-    more = 6.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * (job.seq_len - 1)
-    return found.step.tokens_per_second * (flops_per_token(model, job.seq_len) + more) / found.gpu.peak
+    whole = flops_per_token(model, job.seq_len, float(job.seq_len))
+    return found.step.tokens_per_second * whole / found.gpu.peak
 
 
 def _update(found: Estimate) -> str:

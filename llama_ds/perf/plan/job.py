@@ -13,6 +13,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.planned_documents import PlannedRows, one_document, planned_rows
 from llama_ds.layout.recompute import StagePolicies
 from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.perf.plan.communication import RankGroup
@@ -59,6 +60,7 @@ class StepJob:
     post_validation: bool = False  # whether steps begin before the norm of the step before
     fp8: str = "off"  # scaling of the layers' products in float8: `compute.fp8`
     fp8_weight_gradients: bool = False
+    planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
     def pp(self) -> int:
@@ -99,6 +101,16 @@ class StepJob:
     def tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
         return self.micro_batch * self.seq_len // self.axes.cp
+
+    @property
+    def documents(self) -> PlannedRows:
+        """Rows with the documents that attention does not leave."""
+        return self.planned or one_document(self.seq_len)
+
+    @property
+    def attended(self) -> PlannedRows:
+        """Rows with the documents that attention computes: whole rows without a fused kernel."""
+        return self.documents if self.program.flash else one_document(self.seq_len)
 
     @property
     def rows(self) -> int:
@@ -154,6 +166,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         post_validation=run.parallel.post_validation,
         fp8=run.compute.fp8,
         fp8_weight_gradients=run.compute.fp8_weight_gradients,
+        planned=planned_rows(run),
     )
 
 

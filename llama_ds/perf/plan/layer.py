@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.layout.loss_chunks import chunk_tokens
+from llama_ds.layout.planned_documents import PlannedRows
 from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, fp8_gemm, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -57,8 +58,9 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     sizes = job.micro_batch, job.seq_len, job.tp
+    rest = job.sequence_parallel, policy, job.sharing, job.split_share, job.attended
     fp8 = job.fp8, job.fp8_weight_gradients, job.fp8_weight_uses
-    return _layer(gpu, job.program, shape, *sizes, job.sequence_parallel, policy, job.sharing, job.split_share, fp8)
+    return _layer(gpu, job.program, shape, *sizes, *rest, fp8)
 
 
 @lru_cache(maxsize=100_000)
@@ -73,6 +75,7 @@ def _layer(
     policy: str,
     sharing: RowSharing,
     split_share: float,
+    documents: PlannedRows,
     fp8: tuple[str, bool, int],
 ) -> LayerTime:
     hidden, inner, heads, kv_heads, head_dim = shape
@@ -96,7 +99,7 @@ def _layer(
 
     attend = flash_attention if program.flash else plain_attention
     shared = shared_attention(
-        gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes
+        gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes, documents
     )
     attention, attention_back = (time / (program.attention if program.flash else 1) for time in shared.attention)
     scale = program.element_bytes / 2

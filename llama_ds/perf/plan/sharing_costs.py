@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ds.layout.row_cuts import causal_imbalance
+from llama_ds.config.context_parallel import CpSizes
+from llama_ds.layout.planned_documents import ring_imbalance
 from llama_ds.perf.plan.compute import flash_attention, plain_attention
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
@@ -23,7 +24,8 @@ class SharingCosts:
     sent_bytes: float  # by a rank in a step
     exposed_s: float  # time of messages that the rank waits for
     hidden_s: float  # time of messages behind the computation of blocks
-    imbalance: float  # causal work of the busiest rank over the mean, less 1, for rows of one document
+    imbalance: float  # attention of the slowest rank over the mean, less 1, for the documents of the plan
+    imbalance_in_chunks: float | None  # the same, were rows cut without regard to documents; None: they are
 
     def words(self) -> str:
         """Return the costs as text."""
@@ -32,6 +34,7 @@ class SharingCosts:
             f"of keys and values in a layer, {self.sent_bytes / 2**30:,.1f} GiB sent in a step; messages take "
             f"{self.exposed_s:.2f} s exposed and {self.hidden_s:.2f} s hidden; imbalance of causal work "
             f"{self.imbalance:.1%}"
+            + ("" if self.imbalance_in_chunks is None else f" (cut in chunks: {self.imbalance_in_chunks:.1%})")
         )
 
 
@@ -53,6 +56,7 @@ def sharing_costs(gpu: Hardware, step: StepTime) -> SharingCosts | None:
             exposed += times.forward.context + times.recompute.context + times.input_backward.context
         found.append((sent, exposed, total - exposed))
     sent, exposed, hidden = (value * job.micro_batches for value in max(found))
+    chunked = sharing.sizes._replace(striped=False)
     keys = 2 * job.tokens * -(-job.model.num_key_value_heads // job.tp) * job.model.head_dim
     return SharingCosts(
         sharing.sizes.words(),
@@ -62,8 +66,13 @@ def sharing_costs(gpu: Hardware, step: StepTime) -> SharingCosts | None:
         sent,
         exposed,
         max(0.0, hidden),
-        causal_imbalance(job.seq_len, sharing.sizes),
+        _imbalance(job, sharing.sizes),
+        _imbalance(job, chunked) if sharing.sizes.striped and job.seq_len % chunked.chunks == 0 else None,
     )
+
+
+def _imbalance(job: StepJob, sizes: CpSizes) -> float:
+    return ring_imbalance(job.documents, sizes, job.micro_batch)
 
 
 def _attention(gpu: Hardware, job: StepJob) -> SharedAttention:
@@ -71,4 +80,4 @@ def _attention(gpu: Hardware, job: StepJob) -> SharedAttention:
     heads, kv_heads = (-(-count // job.tp) for count in (model.num_attention_heads, model.num_key_value_heads))
     attend = flash_attention if program.flash else plain_attention
     sizes = job.micro_batch, job.seq_len, heads, kv_heads, model.head_dim
-    return shared_attention(gpu, job.sharing, attend, *sizes, program.element_bytes)
+    return shared_attention(gpu, job.sharing, attend, *sizes, program.element_bytes, job.attended)

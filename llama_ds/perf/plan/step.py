@@ -69,7 +69,8 @@ class StepTime:
 
     def mfu(self, gpu: Hardware) -> float:
         """Return the model FLOPs utilization by `layout/flops.py`: causal attention, no recompute."""
-        return self.tokens_per_second * flops_per_token(self.job.model, self.job.seq_len) / gpu.peak
+        job = self.job
+        return self.tokens_per_second * flops_per_token(job.model, job.seq_len, job.documents.keys) / gpu.peak
 
 
 def step_time(gpu: Hardware, job: StepJob) -> StepTime:

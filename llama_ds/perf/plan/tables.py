@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.layout.flops import parameter_count
+from llama_ds.layout.planned_documents import assumption
 from llama_ds.layout.recompute import GIB
 from llama_ds.perf.plan.cost import (
     CARBON,
@@ -54,6 +55,7 @@ def search_table(found: SearchResult, cost: Cost) -> str:
         f"{best.run.name} on {best.layout.world:,} x {best.gpu.name}: {best.layout.global_batch:,} rows of "
         f"{best.run.data.seq_len:,} tokens; {found.legal:,} legal layouts, {found.simulated:,} simulated, the others "
         "pruned by a lower bound",
+        *([f"attention of {assumption(best.run)}"] if best.run.data.document_mask else []),
         "",
         aligned(rows, 0),
         "",

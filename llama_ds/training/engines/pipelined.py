@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.model.decoder import Ids
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
@@ -94,5 +95,5 @@ class PipelinedEngine:
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
         return self.deepspeed.next_tokens(passes)
 
-    def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        return (training_pair(batch, self.deepspeed.device, self.loss) for batch in batches)
+    def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Ids, Tensor]]:
+        return (training_pair(batch, self.deepspeed.device, self.loss, self.context) for batch in batches)

@@ -119,7 +119,7 @@ class SingleStageEngine:
         trace.add("wait data", begin)
         held = trace.times.now() if trace.times.counting and self._forward_waits else None
         begin = trace.now()
-        loss = engine(*training_pair(batch, self.device, self.loss))
+        loss = engine(*training_pair(batch, self.device, self.loss, self.context))
         trace.add("F", begin, 0, i)
         trace.doing = f"backward of micro-batch {i}, and the reduction in it"
         if held is None and trace.times.counting and (self._backward_waits or i == self.accumulation - 1):
@@ -148,7 +148,7 @@ class SingleStageEngine:
         with self.context.whole_rows() if branches else nullcontext():
             for i, batch in enumerate(batches):
                 with self.context.caches.using(branches(i) if branches else None):
-                    total += self.deepspeed(*training_pair(batch, self.device, self.loss))
+                    total += self.deepspeed(*training_pair(batch, self.device, self.loss, self.context))
         return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.model.decoder import Ids
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.stock_trace import trace_instructions
@@ -75,8 +76,8 @@ class StockPipelinedEngine:
             "parallel.schedule = deepspeed: DeepSpeed's own pipeline cannot generate text; use another schedule"
         )
 
-    def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:
+    def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Ids, Tensor]] | None:
         """Return an iterator over the pairs, or None on the stages between the first and the last."""
-        return (
-            (training_pair(batch, self.deepspeed.device, self.loss) for batch in batches) if self.reads_data else None
-        )
+        if not self.reads_data:
+            return None
+        return (training_pair(batch, self.deepspeed.device, self.loss, self.context) for batch in batches)
