@@ -144,7 +144,7 @@ POST_VALIDATION = [
     Case(4, 1, 1, layers=8, clip=2.3, post_validation=True, **V),
     Case(2, 2, 1, clip=100.0, post_validation=True, **ZB_V),
     Case(2, 1, 1, clip=2.3, post_validation=True, document_mask=True, tied=True, recompute="full", **ZB_V),
-    Case(4, 1, 2, layers=8, clip=2.3, post_validation=True, schedule="v_min", virtual_stages=2, dtype="bf16"),
+    Case(2, 1, 2, clip=100.0, post_validation=True, dtype="bf16", **ZB_V),
 ]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. On one rank
