@@ -150,7 +150,7 @@ POST_VALIDATION = [
     Case(4, 1, 1, layers=8, clip=2.3, post_validation=True, **V),
     Case(2, 2, 1, clip=100.0, post_validation=True, **ZB_V),
     Case(2, 1, 1, clip=2.3, post_validation=True, document_mask=True, tied=True, recompute="full", **ZB_V),
-    Case(4, 1, 2, layers=8, clip=2.3, post_validation=True, schedule="v_min", virtual_stages=2, dtype="bf16"),
+    Case(2, 1, 2, clip=100.0, post_validation=True, dtype="bf16", **ZB_V),
 ]
 CURRENT = [
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, recompute="selective"),

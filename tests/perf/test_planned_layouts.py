@@ -27,7 +27,7 @@ KINDS = [
     *(("pp 1", f"ZeRO-{zero}", policy) for zero in (2, 3) for policy in ("none", "selective", "full")),
     ("pp 1", "ZeRO-1", "auto"),
     *(("pipeline", schedule, str(warmup)) for schedule, warmup in (("1f1b", 0), ("zb_h1", 0), ("zb_h1", 1))),
-    *(("pipeline", schedule, "0") for schedule in ("interleaved", "dualpipe_v", "zb_v", "v_half", "v_min")),
+    *(("pipeline", schedule, "0") for schedule in ("interleaved", "dualpipe_v")),
     *(("pipeline", "zb_v", warmup) for warmup in ("2", "4")),
 ]
 

@@ -36,7 +36,7 @@ MIN_SHARED_TOKENS = 2048  # minimum share of a row on a context-parallel rank; s
 _VIRTUAL = (2, 3, 4, 5, 6, 8, 10)
 _SCHEDULES = (
     *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0))),
-    *((("zb_v", 2, 0), ("zb_v", 2, 2), ("zb_v", 2, 4), ("v_half", 2, 0), ("v_min", 2, 0))),
+    *((("zb_v", 2, 2), ("zb_v", 2, 4))),
     *(("interleaved", chunks, 0) for chunks in _VIRTUAL),
 )
 
