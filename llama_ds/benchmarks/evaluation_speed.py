@@ -37,7 +37,7 @@ class SpeedSettings:
     """How evaluation is measured, in fp32."""
 
     requests: int = 1000
-    rows: int = 8  # of a forward pass, ours and theirs
+    rows: int = 8  # rows of a forward pass, ours and theirs
     prompt_words: int = 120
     new_tokens: int = 64
     batches: Sequence[int] = (1, 16)  # prompts that are continued together

@@ -70,7 +70,7 @@ class Muon(Elementwise):
         self._load: list[int] = []  # FLOPs that the ranks of the stage own of masters that are started
         self._trace = Trace(torch.device("cpu"))
         self._started: MatrixQueue | None = None
-        self._updates: dict[str, Tensor] | None = None  # of this rank's elements, if known before the step
+        self._updates: dict[str, Tensor] | None = None  # updates of this rank's elements, if known before the step
         for group in self.param_groups:
             if group.get("muon"):
                 own = (settings.muon_lr or settings.lr) / settings.lr

@@ -222,5 +222,5 @@ def test_the_spread_of_ranks_leaves_slow_ones_out_and_needs_eight() -> None:
         return {"ranks": {str(rank): {"products": {"tflops": [[[rate]]]}} for rank, rate in enumerate(rates)}}
 
     measured = spread_of_ranks(found(99, 99, 99, 99, 101, 101, 101, 101, 50))
-    assert measured == pytest.approx(0.01 * math.sqrt(8 / 7) * 100 / 99, rel=0.01)  # of the median rate, 99
+    assert measured == pytest.approx(0.01 * math.sqrt(8 / 7) * 100 / 99, rel=0.01)  # the median rate is 99
     assert spread_of_ranks(found(99, 99, 99, 101, 101, 101, 101, 50)) is None

@@ -160,7 +160,7 @@ def _layer(
     weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
     weights += quantising[2]
     recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
-    if policy == OP:  # of q, k, v, o, gate, up and down every second product is repeated: k, o, up
+    if policy == OP:  # every second product of q, k, v, o, gate, up and down is repeated: k, o, up
         key, output, up = keys / (queries + 2 * keys) * forward_gemm[0], forward_gemm[1], forward_gemm[2] / 2
         recompute = Parts(key + output + up, 0.0, forward.pointwise, host=forward.host)
     return LayerTime(forward, recompute, backward, weights, hidden_ahead)
