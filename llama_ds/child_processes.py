@@ -21,10 +21,17 @@ def run_child(command: Sequence[str], grace_s: float = 30.0, **options: Any) -> 
     On Ctrl-C, SIGTERM or SIGHUP the group receives SIGTERM, and SIGKILL after `grace_s` seconds or a second Ctrl-C.
     The group has terminated when KeyboardInterrupt is raised. Call this function from the main thread.
     """
-    previous = {number: signal.signal(number, _interrupt) for number in TERMINATION_SIGNALS}
+    received: list[int] = []  # while the child is being created, when nobody could terminate it
+    ignored = signal.getsignal(signal.SIGINT) != signal.default_int_handler
+    numbers = TERMINATION_SIGNALS if ignored else (signal.SIGINT, *TERMINATION_SIGNALS)
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         with subprocess.Popen(command, start_new_session=True, text=True, **options) as process:
             try:
+                for number in numbers:
+                    signal.signal(number, _interrupt)
+                if received:
+                    raise KeyboardInterrupt
                 output, _ = process.communicate()
             except BaseException:
                 _terminate(process, grace_s)

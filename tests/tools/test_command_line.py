@@ -19,7 +19,7 @@ import pytest
 from calling import Finished, Tools
 from calls import NORMAL, WAITING, WITH_RANKS
 
-from llama_ds.child_processes import without_interrupts
+from llama_ds.child_processes import run_child, without_interrupts
 from tests.console import foreign_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,6 +173,27 @@ def test_a_child_and_its_own_end_with_the_tool(tmp_path: Path, grace_s: float, n
     tool.send_signal(number)
     assert tool.wait(30) in (1, -signal.SIGINT)  # the tool ends by KeyboardInterrupt
     assert not psutil.wait_procs(children, timeout=30)[1], "orphans are the system's to reap, in its own time"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_child_is_created_ends_the_child(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    created: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            created.append(self)
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # Python's handlers run between two instructions
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_child(["sleep", "99"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert created[0].poll() is not None
 
 
 def when_started(process: int, count: int) -> list[psutil.Process]:
