@@ -28,7 +28,6 @@ KINDS = [
     ("pp 1", "ZeRO-1", "auto"),
     *(("pipeline", schedule, str(warmup)) for schedule, warmup in (("1f1b", 0), ("zb_h1", 0), ("zb_h1", 1))),
     *(("pipeline", schedule, "0") for schedule in ("interleaved", "dualpipe_v")),
-    *(("pipeline", "zb_v", warmup) for warmup in ("2", "4")),
 ]
 
 

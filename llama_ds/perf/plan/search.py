@@ -26,17 +26,14 @@ from llama_ds.perf.plan.estimate import Estimate, check_peak, filled, held_by
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
-from llama_ds.perf.plan.step import end_of_step, planned_pass_times, stage_costs, stage_message, step_time
-from llama_ds.schedules.schedule import DEFERRING, IN_A_V
-from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
+from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
+from llama_ds.schedules.schedule import DEFERRING
 
 MAX_MICRO_BATCH = 16
-MIN_POST_VALIDATION = 4  # data-parallel ranks over which the second copy of optimizer states is worth its memory
 MIN_SHARED_TOKENS = 2048  # minimum share of a row on a context-parallel rank; smaller ones cost more messages
 _VIRTUAL = (2, 3, 4, 5, 6, 8, 10)
 _SCHEDULES = (
     *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0))),
-    *((("zb_v", 2, 2), ("zb_v", 2, 4))),
     *(("interleaved", chunks, 0) for chunks in _VIRTUAL),
 )
 
@@ -213,7 +210,7 @@ def _of_sizes(base: RunConfig, sizes: ParallelConfig, dp: int) -> Iterator[RunCo
             continue
         for schedule, chunks, warmup in _SCHEDULES:
             if sizes.pp * chunks <= base.model.num_hidden_layers:
-                yield _run(base, sizes, micro, schedule, chunks, warmup, 1, "auto", dp * sizes.cp)
+                yield _run(base, sizes, micro, schedule, chunks, warmup, 1, "auto")
 
 
 def _run(
@@ -225,7 +222,6 @@ def _run(
     warmup: int,
     zero: int,
     recompute: str,
-    ranks: int = 1,
 ) -> RunConfig:
     parallel = replace(
         sizes,
@@ -234,7 +230,6 @@ def _run(
         schedule=schedule,
         virtual_stages=chunks,
         extra_warmup=warmup,
-        post_validation=schedule in IN_A_V and ranks >= MIN_POST_VALIDATION,
     )
     block: dict[str, object] = {"stage": zero}
     if zero >= 2:
@@ -300,8 +295,7 @@ def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]
 def lower_bound(gpu: Hardware, job: StepJob) -> float:
     """Return a lower bound of the step time in seconds.
 
-    Every rank first waits for one forward through the preceding stages, unless it is still busy with the step before.
-    The backwards of these stages follow its last
+    Every rank first waits for one forward through the preceding stages. The backwards of these stages follow its last
     backward, unless deferred weight gradients fill the drain phase.
     """
     costs = stage_costs(gpu, job)
@@ -313,7 +307,7 @@ def lower_bound(gpu: Hardware, job: StepJob) -> float:
         own = [costs[placement.stage(rank, chunk)] for chunk in range(job.chunks)]
         busy = job.micro_batches * sum(c.forward + c.input_backward + c.weight_backward for c in own)
         before = costs[:rank]
-        fill = 0.0 if job.post_validation else sum(c.forward + transfer + wait for c in before)
+        fill = sum(c.forward + transfer + wait for c in before)
         drain = 0.0 if split else sum(c.input_backward + c.weight_backward for c in before)
         longest = max(longest, fill + busy + drain)
     return longest + sum(end_of_step(gpu, job, costs)) + gpu.calibration.step_ms * 1e-3
@@ -321,7 +315,6 @@ def lower_bound(gpu: Hardware, job: StepJob) -> float:
 
 def _simulate(candidate: _Candidate, gpu: Hardware, found: SearchResult) -> Estimate:
     """Return the candidate's estimate, and record it in `found`."""
-    candidate = _ordered(candidate, gpu)
     step = step_time(gpu, candidate.job)
     result = Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)
     found.simulated += 1
@@ -332,14 +325,6 @@ def _simulate(candidate: _Candidate, gpu: Hardware, found: SearchResult) -> Esti
         if belongs(candidate.run.parallel, gpu) and (known is None or result.step.seconds < known.step.seconds):
             found.of_kind[kind] = result
     return result
-
-
-def _ordered(candidate: _Candidate, gpu: Hardware) -> _Candidate:
-    """Return a zero-bubble V ordered by its planned times, if memory allows that order; another one as it is."""
-    if candidate.job.schedule not in V_SCHEDULES:
-        return candidate
-    parallel = replace(candidate.run.parallel, pass_times=planned_pass_times(gpu, candidate.job))
-    return _candidate(replace(candidate.run, parallel=parallel), candidate.layout.world, gpu, {}) or candidate
 
 
 def _reject(rejected: dict[str, Rejected], why: str, example: str) -> None:

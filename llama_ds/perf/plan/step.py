@@ -16,7 +16,6 @@ from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time
 from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.leading import time_between_steps
-from llama_ds.schedules.pass_times import pass_times_of
 from llama_ds.schedules.schedule import IN_A_V
 from llama_ds.schedules.simulate import StageCost, simulate
 
@@ -148,11 +147,6 @@ def stage_message(gpu: Hardware, job: StepJob) -> tuple[float, float]:
     if split and not job.sequence_parallel:
         transfer += all_gather(gpu, job.group("tp"), size)
     return transfer, wait
-
-
-def planned_pass_times(gpu: Hardware, job: StepJob) -> tuple[int, ...]:
-    """Return the times by which to order the job's V, in microseconds, as `parallel.pass_times`."""
-    return pass_times_of(stage_costs(gpu, job), sum(stage_message(gpu, job)), 1e-6)
 
 
 @lru_cache(maxsize=50_000)
