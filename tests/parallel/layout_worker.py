@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -67,7 +67,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     checked = replace(run.checkpoint, **every)
     here = torch.distributed.get_rank(), ["host"] * case.world, torch.device("cpu")
     checks = StepChecks(replace(run, checkpoint=checked), case.layout, engine, *here)
-    with cp_bytes() as sent:
+    with cp_bytes() as sent, patch.object(checks, "examine", uncounted(sent, checks.examine)):
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
@@ -143,6 +143,17 @@ def cp_bytes() -> Iterator[list[int]]:
 
     with patch.multiple(GroupContextParallel, start_pass=posted, all_to_all=exchanged):
         yield sent
+
+
+def uncounted(sent: list[int], examine: Callable[[], None]) -> Callable[[], None]:
+    """Return a comparison of which `sent` keeps nothing: a layer that is computed again sends its messages again."""
+
+    def examined() -> None:
+        before = len(sent)
+        examine()
+        del sent[before:]
+
+    return examined
 
 
 def check_sent(case: Case, sent: int) -> None:

@@ -1,6 +1,7 @@
 """One rank: takes a step whose gradients are not finite, and a step after it.
 
-It also counts the host's reads of device values at the end of a step.
+It also counts the host's reads of device values at the end of a step, and compares steps that begin before the norm of
+the step before with steps that wait for it.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ds import log
@@ -18,7 +21,9 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.model.embedding import FinalNorm
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps
+from llama_ds.parallel.temporary import dismantle
 from llama_ds.training.engines.build import build_engine
+from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import Case, micro_batches
 
 
@@ -33,6 +38,7 @@ class HostReads(TorchDispatchMode):
 
 
 PIPELINE, PLAIN = Case(2, 1, 2, schedule="zb_h1"), Case(1, 1, 2, zero=0)
+WAITING = Case(2, 1, 2, schedule="zb_v", virtual_stages=2, clip=100.0)  # never clipped
 
 
 def main() -> None:
@@ -42,12 +48,23 @@ def main() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
         world.join(rank_info)
-        run = case.run
-        config = deepspeed_config(run, case.layout, bf16_native=True)
-        engine = build_engine(run, case.layout, config, torch.device("cpu"))
-        check(engine, case)
+        with engines_in_turn() as series:
+            with series.engine():
+                engine = built(case)
+                check(engine, case)
+                dismantle(engine.deepspeed)
+            if case is PIPELINE:
+                histories = []
+                for other in (WAITING, replace(WAITING, post_validation=True)):
+                    with series.engine():
+                        histories.append(history_with_one_nan(other))
+                check_equal(*histories)
         print(f"rank {rank_info.rank} fine", flush=True)
-        engine.deepspeed.destroy()
+
+
+def built(case: Case) -> Any:
+    config = deepspeed_config(case.run, case.layout, bf16_native=True)
+    return build_engine(case.run, case.layout, config, torch.device("cpu"))
 
 
 def check(engine: Any, case: Case) -> None:
@@ -79,6 +96,38 @@ def check(engine: Any, case: Case) -> None:
     loss, norm = engine.read(engine.train_step(batches, 1e-3))
     assert math.isfinite(loss) and math.isfinite(norm)
     assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def history_with_one_nan(case: Case) -> list[tuple[float, float]]:
+    """Take six steps, of which the third has a NaN in the gradient of the final norm alone; return losses and norms.
+
+    With `post_validation` every step that follows one with a finite norm updates before its own norm is known. The host
+    reads no result before the last step.
+    """
+    engine, armed = built(case), False
+
+    def poisoned(grad: Tensor) -> Tensor:
+        return grad * math.nan if armed else grad
+
+    for part in engine.deepspeed.module.modules():
+        if isinstance(part, FinalNorm):
+            part.norm.weight.register_hook(poisoned)
+    batches, results, unsettled = micro_batches(case, engine.dp_rank), [], []
+    for step in range(6):
+        armed = step == 2
+        results.append(engine.train_step(batches, 1e-3))
+        unsettled.append(engine.deepspeed.optimizer.unsettled)
+    assert unsettled == [case.post_validation and step not in (0, 3) for step in range(6)]
+    history = [engine.read(result) for result in reversed(results)][::-1]
+    assert adam_steps(engine.deepspeed) == 5
+    dismantle(engine.deepspeed)
+    return history
+
+
+def check_equal(waiting: list[tuple[float, float]], before_norm: list[tuple[float, float]]) -> None:
+    """Check that the steps are the same to the bit, and that the NaN is in the third alone."""
+    assert [math.isfinite(norm) for _, norm in waiting] == [step != 2 for step in range(6)]
+    assert repr(before_norm) == repr(waiting)
 
 
 def states(engine: Any) -> list[dict[str, Any]]:
