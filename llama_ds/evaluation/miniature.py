@@ -58,7 +58,7 @@ def _cloze(rng: random.Random, phrases: Mapping[str, Sequence[str]] = PHRASES) -
 
 
 def _copy(rng: random.Random) -> Example:
-    """Find the list of words whose repetition goes on with a word: the others have other words in its place."""
+    """Find the list of words whose repetition continues with a word: the others have other words in its place."""
     words = rng.sample(WORDS, CHOICES + 4)
     others, place = words[CHOICES:], rng.randrange(1, 4)
     lists = [[*others[:place], word, *others[place:]] for word in words[:CHOICES]]

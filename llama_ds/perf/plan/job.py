@@ -135,7 +135,7 @@ class StepJob:
 
     @property
     def split_share(self) -> float:
-        """Share of the backwards whose weight gradients the schedule puts off."""
+        """Share of the backwards whose weight gradients the schedule defers."""
         return split_share(self.schedule, self.pp, self.micro_batches, self.chunks, self.extra_warmup)
 
     def plan(self, micro_batches: int) -> Schedule:

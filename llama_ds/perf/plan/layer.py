@@ -138,7 +138,7 @@ def _layer(
     if program.overlaps_tensor and tp > 1:
         # Each collective overlaps a weight gradient. Under sequence parallelism these are, in order: all-gather with
         # q, k, v; reduce-scatter with the down projection; all-gather with gate and up; reduce-scatter with the
-        # output projection. Otherwise there are two all-reduces. Where the weight gradients are put off, nothing is
+        # output projection. Otherwise there are two all-reduces. Where the weight gradients are deferred, nothing is
         # computed meanwhile.
         order = (0, 3, 2, 1) if sequence_parallel else (3, 1)
         covered = [min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True)]
