@@ -137,12 +137,15 @@ def test_code_that_changes_during_a_job_is_imported_anew(tmp_path: Path) -> None
     """Else ranks would run the old code, and those of a host that joins later the new one."""
     standbys, job = fake_standbys(tmp_path)
     try:
+        standbys.wanted = job.hosts
+        standbys.prepare(command_of(job))
         assert standbys.ranks_of(job, command_of(job))
-        assert standbys.ranks_of(job, command_of(job))
+        standbys.prepare(command_of(job))
         (tmp_path / "package" / "new.py").write_text("")
         assert standbys.ranks_of(job, command_of(job)) is None
         assert not agent.processes(VARIABLE, standbys.own_folder), "the old one has been killed"
-        assert standbys.ranks_of(job, command_of(job))
+        standbys.prepare(command_of(job))
+        assert standbys._is_usable("localhost") and standbys.ranks_of(job, command_of(job))
     finally:
         standbys.close()
 
