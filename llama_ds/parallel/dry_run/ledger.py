@@ -30,6 +30,8 @@ class Call(NamedTuple):
     bytes: int  # full buffer: output of all-gather, input of reduce-scatter and all-to-all
 
 
+UNEVEN = "all_to_all_v"  # an all-to-all of which each rank states its own sizes
+
 # For each operation: kind, and the positions of the counted buffer, the process group and the peer in its arguments.
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 0, 1, None),
@@ -52,6 +54,7 @@ _OPERATIONS = {
     "send": ("send", 0, 1, 2),
     "recv_": ("receive", 0, 1, 2),
 }
+_SPLIT_SIZES = 4  # position of an all-to-all's sizes to send
 
 
 class Ledger(TorchDispatchMode):
@@ -159,6 +162,8 @@ class Ledger(TorchDispatchMode):
         if name not in _OPERATIONS:
             raise NotImplementedError(f"the ledger has no entry for the collective {name}; add it to _OPERATIONS")
         kind, counted, group_at, peer_at = _OPERATIONS[name]
+        if name == "alltoall_base_" and args[_SPLIT_SIZES]:
+            kind = UNEVEN
         group = dist.ProcessGroup.unbox(args[group_at])
         ranks = self._ranks(group)
         peer = -1 if peer_at is None else ranks[args[peer_at]]

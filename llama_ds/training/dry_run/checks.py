@@ -10,6 +10,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import padding_elements
+from llama_ds.parallel.dry_run.ledger import UNEVEN
 from llama_ds.training.dry_run.report import Check, IssuedCall, ProcessGroup, RankReport
 
 MESSAGES = ("send", "receive")
@@ -91,7 +92,7 @@ def check_collectives(reports: Sequence[RankReport]) -> Check:
         first, *others = sorted(by_rank)
         for rank in others:
             for n, (ours, theirs) in enumerate(zip_longest(by_rank[first], by_rank[rank]), start=1):
-                if ours is None or theirs is None or ours._replace(group=0) != theirs._replace(group=0):
+                if ours is None or theirs is None or _common(ours) != _common(theirs):
                     return Check(
                         "collectives", False, f"group {group.name} of ranks {_listed(group.ranks)}: collective {n} is "
                         f"{_call(ours)} on rank {first}, {_call(theirs)} on rank {rank}",
@@ -101,6 +102,11 @@ def check_collectives(reports: Sequence[RankReport]) -> Check:
     return Check(
         "collectives", True, f"{compared} match those of other members, in {shared} groups run on two or more ranks"
     )
+
+
+def _common(call: IssuedCall) -> IssuedCall:
+    """Return what must be the same on all members: not the number of their group, nor sizes that each states itself."""
+    return call._replace(group=0, bytes=0 if call.kind == UNEVEN else call.bytes)
 
 
 def check_progress(reports: Sequence[RankReport]) -> Check:
