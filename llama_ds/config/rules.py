@@ -186,7 +186,10 @@ def _check_autograd_layer(run: RunConfig) -> None:
 
 
 def _check_post_validation(run: RunConfig) -> None:
-    """Refuse what cannot be undone: an update that precedes its norm restores masters and moments in fp32 only."""
+    """Refuse what cannot be undone: an update that precedes its norm restores masters and moments in fp32 only.
+
+    Checks that look at forwards would see those that are discarded.
+    """
     if not run.parallel.post_validation:
         return
     needed = {
@@ -196,6 +199,7 @@ def _check_post_validation(run: RunConfig) -> None:
         "compute.fp8": (run.compute.fp8, "off"),
         "checkpoint.compare_states": (run.checkpoint.compare_states, False),
         "checkpoint.compare_repeats": (run.checkpoint.compare_repeats, 0),
+        "logging.check_finite": (run.logging.check_finite, False),
     }
     for key, (value, only) in needed.items():
         if value != only:

@@ -440,6 +440,25 @@ def test_what_float8_cannot_take_is_refused_before_the_start(folder: Path, overr
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("optimizer.name=muon", "optimizer.name = adamw, not muon"),
+        ("optimizer.state_dtype=bf16", "optimizer.state_dtype = fp32, not bf16"),
+        ("compute.fp8=current", "compute.fp8 = off, not current"),
+        ("checkpoint.compare_states=true", "checkpoint.compare_states = false, not true"),
+        ("checkpoint.compare_repeats=10", "checkpoint.compare_repeats = 0, not 10"),
+        ("logging.check_finite=true", "logging.check_finite = false, not true"),
+    ],
+)
+def test_a_step_before_its_norm_needs_what_can_be_undone(folder: Path, override: str, words: str) -> None:
+    pipeline = ("parallel.pp=2", "parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.post_validation=true")
+    load(*pipeline)
+    with pytest.raises(UserError) as error:
+        load(*pipeline, override)
+    assert f"parallel.post_validation = true needs {words}; change one of them" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
         (
             "model.head_dim=12",
             "model.head_dim = 12: flash_attn takes multiples of 8 up to 256; change it or use compute",
