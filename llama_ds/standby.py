@@ -7,7 +7,7 @@ answers from its stdout, each a line of JSON:
     {"do": "ping"}                          only to be heard
     {"what": "ready", "seconds", "mib"}     once all is imported, and a forked process has computed
     {"what": "started", "ranks": {"0": PID, ...}}
-    {"what": "exited", "rank", "code"}
+    {"what": "exited", "pid", "code"}
     {"what": "problem", "text"}             it cannot serve; the process ends
 
 It ends when stdin ends, or when it has heard nothing for a time. The ranks do not need it and go on: they have their
@@ -103,7 +103,7 @@ def own_memory() -> int:
 
 def serve(answers: int, environment: Mapping[str, str], silence_s: float) -> None:
     """Start ranks as asked, and say how they end. Returns when nothing more is heard."""
-    ranks: dict[int, int] = {}  # by process id
+    ranks: set[int] = set()  # process ids
     woken, wake = os.pipe()
     own_files = (answers, woken, wake)
     os.set_blocking(wake, False)
@@ -119,8 +119,8 @@ def serve(answers: int, environment: Mapping[str, str], silence_s: float) -> Non
             for pid in list(ranks):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    code = os.waitstatus_to_exitcode(status)
-                    say(answers, what="exited", rank=ranks.pop(pid), code=code)
+                    ranks.remove(pid)
+                    say(answers, what="exited", pid=pid, code=os.waitstatus_to_exitcode(status))
         if 0 in ready:
             chunk = os.read(0, 1 << 16)
             if not chunk:
@@ -132,7 +132,7 @@ def serve(answers: int, environment: Mapping[str, str], silence_s: float) -> Non
                     started = {
                         int(own["RANK"]): start(request, own, environment, own_files) for own in request["ranks"]
                     }
-                    ranks |= {pid: rank for rank, pid in started.items()}
+                    ranks |= set(started.values())
                     say(answers, what="started", ranks=started)
 
 

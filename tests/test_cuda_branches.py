@@ -137,6 +137,8 @@ def case_products_in_float8(cuda: FakeCuda, folder: Path) -> None:
         pytest.raises(UserError, match=r"compute.fp8: NVIDIA A100-SXM4-80GB has compute capability 8.0, .* need 8.9"),
     ):
         products("compute.fp8=current")
+    with pytest.raises(UserError, match=r"compute.fp8: products in float8 return bf16 on a GPU, .*bf16.enabled=true"):
+        layer_context(small_run("compute.fp8=current", "model.intermediate_size=64"), SingleRank(), "cuda", torch.float)
 
 
 def case_a_step_of_ranks_that_share_rows(cuda: FakeCuda, folder: Path) -> None:

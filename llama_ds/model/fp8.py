@@ -115,9 +115,19 @@ def quantised(x: Tensor, maxima: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return compiled_for(x, _quantised)(x, maxima, dtype)
 
 
-def check_capability(device: torch.device) -> None:
-    """Raise UserError if the device cannot multiply in float8. Every CPU can."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY:
+def check_capability(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if the device has no products in float8 whose results are of `dtype`. Every CPU has.
+
+    On GPUs, products scaled by rows return fp32 only from cuBLAS 12.9 on, and only on Hopper.
+    """
+    if device.type != "cuda":
+        return
+    if dtype != torch.bfloat16:
+        raise UserError(
+            "compute.fp8: products in float8 return bf16 on a GPU, and this run computes in fp32; set "
+            "deepspeed.bf16.enabled=true or compute.fp8=off"
+        )
+    if torch.cuda.get_device_capability(device) >= CAPABILITY:
         return
     major, minor = torch.cuda.get_device_capability(device)
     raise UserError(

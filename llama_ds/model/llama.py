@@ -56,7 +56,7 @@ def layer_context(
         choose_products()
     products: Products = PlainProducts()
     if run.compute.fp8 != "off":
-        check_capability(torch.device(device_type))
+        check_capability(torch.device(device_type), dtype)
         weights = QuantisedWeights(keep_weights)
         products = Fp8Products(tp, weights)
         if run.compute.fp8 == "delayed":

@@ -26,7 +26,7 @@ from tiny_run import Run
 
 from llama_ds.job.folder import VARIABLE
 from llama_ds.job.requests import WARNINGS
-from llama_ds.launch.supervise.attempt import Attempt
+from llama_ds.launch.supervise.deepspeed_ranks import DeepSpeedRanks
 from tests import warm
 from tools import launch
 
@@ -145,14 +145,16 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warm.Process]]:
     """Let tools/launch.py start forked ranks; yield what has started them, in the place of DeepSpeed's launcher."""
     started: list[warm.Process] = []
 
-    def start_warm(attempt: Attempt) -> warm.Process:
-        with open(attempt.job.launcher_log, "wb") as log:
-            words = [TRAIN, f"@{attempt.job.path('arguments')}"]
-            variables = environment() | {VARIABLE: attempt.job.folder}
-            started.append(warm.start(words, log, ranks=attempt.job.world, environment=variables))
-        return started[-1]
+    def begin(ranks: Any) -> dict[str, Any]:
+        job = ranks._job
+        with open(job.launcher_log, "wb") as log:
+            words = [TRAIN, f"@{job.path('arguments')}"]
+            variables = environment() | {VARIABLE: job.folder}
+            ranks._process = warm.start(words, log, ranks=job.world, environment=variables)
+        started.append(ranks._process)
+        return {"pid": ranks._process.pid}
 
-    monkeypatch.setattr(Attempt, "_start", start_warm)
+    monkeypatch.setattr(DeepSpeedRanks, "begin", begin)
     before = {number: signal.getsignal(number) for number in (INT, TERM, *WARNINGS, signal.SIGUSR1)}
     yield started
     for number, handler in before.items():

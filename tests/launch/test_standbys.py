@@ -54,7 +54,7 @@ def test_ranks_of_a_warm_process_are_told_apart_killed_and_survive_it(tmp_path: 
         prepare(job, [])
         ranks = standbys.ranks_of(job, command_of(job))
         assert ranks, (tmp_path / "events.jsonl").read_text()
-        ranks._request |= {"argv": [str(script), *arguments]}
+        ranks._request = {**ranks._request, "argv": [str(script), *arguments]}
         assert ranks.begin() == {"warm": True}
         wait_for(lambda: all(Path(job.folder, f"about_{rank}").exists() for rank in (0, 1)))
         return job, ranks
@@ -95,6 +95,56 @@ def test_ranks_of_a_warm_process_are_told_apart_killed_and_survive_it(tmp_path: 
     finally:
         standbys.close()
         agent.kill(VARIABLE, str(tmp_path))
+
+
+FAKE = """
+import json, sys
+def say(**values): print(json.dumps(values), flush=True)
+say(what="ready", seconds=0, mib=0)
+for line in sys.stdin:
+    if json.loads(line)["do"] == "start":
+        say(what="exited", pid=1, code=-9)
+        say(what="started", ranks={"0": 2, "1": 3})
+        say(what="exited", pid=1, code=-9)
+        say(what="exited", pid=2, code=0)
+"""
+
+
+def fake_standbys(folder: Path) -> tuple[Standbys, Job]:
+    package = folder / "package"
+    package.mkdir()
+    (package / "standby.py").write_text(FAKE)
+    standbys = Standbys(folder, Events(folder / "events.jsonl", print), str(package / "train.py"), silence_s=60)
+    job = Job(str(folder / "attempt_02"), {"localhost": 2}, "pdsh", ("127.0.0.1", 0), 5, 60)
+    prepare(job, [])
+    return standbys, job
+
+
+def test_a_killed_rank_of_an_earlier_start_counts_for_none_of_the_next(tmp_path: Path) -> None:
+    """Its exit may be seen late; it would end the next attempt, or make it done."""
+    standbys, job = fake_standbys(tmp_path)
+    try:
+        ranks = standbys.ranks_of(job, command_of(job))
+        assert ranks
+        ranks.begin()
+        wait_for(lambda: ranks.has_exited(0))
+        assert ranks.poll() is None and not ranks.has_exited(1)
+    finally:
+        standbys.close()
+
+
+def test_code_that_changes_during_a_job_is_imported_anew(tmp_path: Path) -> None:
+    """Else ranks would run the old code, and those of a host that joins later the new one."""
+    standbys, job = fake_standbys(tmp_path)
+    try:
+        assert standbys.ranks_of(job, command_of(job))
+        assert standbys.ranks_of(job, command_of(job))
+        (tmp_path / "package" / "new.py").write_text("")
+        assert standbys.ranks_of(job, command_of(job)) is None
+        assert not agent.processes(VARIABLE, standbys.own_folder), "the old one has been killed"
+        assert standbys.ranks_of(job, command_of(job))
+    finally:
+        standbys.close()
 
 
 def command_of(job: Job) -> Command:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from llama_ds.job.wall_time import JobStart
 from llama_ds.job.wire import Beat, Phase
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import HostFinding, Report
+from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise import attempt as outcomes
+from llama_ds.launch.supervise import supervisor as supervisor_module
 from llama_ds.launch.supervise.attempt import Outcome, Watch, _reported_failure
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Member, Server
@@ -206,3 +209,36 @@ def test_a_rank_that_is_heard_again_counts_the_next_break_anew(tmp_path: Path) -
             time.sleep(job.orphan_s)
         hear(server, rank)
         assert rank.poll() is None
+
+
+def test_a_restart_is_warm_only_after_an_attempt_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked ranks may fail where fresh ones work, and would then use up all restarts."""
+    trained, warm, ended = iter([True, False, True]), [], []
+
+    class FakeAttempt:
+        def __init__(self, *arguments: Any) -> None:
+            self.has_trained = next(trained)
+
+        def run(self, asked: bool) -> Outcome:
+            warm.append(asked)
+            return Outcome(outcomes.DEATH, "RANK DIED")
+
+        def end(self) -> list[str]:
+            ended.append(len(warm))
+            return []
+
+    monkeypatch.setattr(supervisor_module, "Attempt", FakeAttempt)
+    monkeypatch.setattr(supervisor_module, "command_of", lambda *arguments: None)
+    job = supervisor(tmp_path, lambda hosts: Report(list(hosts), []))
+    listener: Any = SimpleNamespace(address=("127.0.0.1", 1))
+    for number in (1, 2, 3):
+        job._run_attempt(number, HOSTS, Rendezvous("127.0.0.1", 1, "127.0.0.1"), listener)
+    assert warm == [False, True, False]
+
+    def broken() -> ListedHosts:
+        raise OSError("the hostfile is gone")
+
+    job._read_hosts, trained = broken, iter([True])
+    with pytest.raises(OSError, match="the hostfile is gone"):
+        job._run_attempt(4, HOSTS, Rendezvous("127.0.0.1", 1, "127.0.0.1"), listener)
+    assert ended == [1, 2, 3, 4], "ranks are killed whatever happens"

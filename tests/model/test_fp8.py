@@ -328,7 +328,7 @@ def test_cuda_quantises_bit_for_bit_and_multiplies_as_the_cpu(dtype: torch.dtype
     device = torch.device("cuda")
     if torch.cuda.get_device_capability() < fp8.CAPABILITY:
         with pytest.raises(UserError, match=r"compute\.fp8"):
-            fp8.check_capability(device)
+            fp8.check_capability(device, torch.bfloat16)
         return
     found, wanted = (quantised(t, row_maxima(t), dtype) for t in (x.cuda(), x))
     assert torch.equal(found[0].cpu().view(torch.uint8), wanted[0].view(torch.uint8))

@@ -102,6 +102,11 @@ class Attempt:
         self._ending = self._ending or what == "end"
         self._request = "end" if self._ending else what
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether the ranks came as far as training."""
+        return self._progress_log.trains
+
     def run(self, warm: bool = False) -> Outcome:
         """Start the ranks, `warm` if they can be, and watch them until they have ended or failed; then call `end`."""
         self.server.expect(self.job.token(), self.job.world)

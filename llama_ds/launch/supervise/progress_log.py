@@ -31,6 +31,11 @@ class ProgressLog:
         self._written_at = 0.0
 
     @property
+    def trains(self) -> bool:
+        """Whether a rank has begun to train in the attempt."""
+        return self._start is not None
+
+    @property
     def has_begun(self) -> bool:
         """Whether the first step of the attempt has been completed."""
         return self._start is not None and self._written_step > self._start

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,10 +36,12 @@ PAUSE_S = 0.5  # between starts of AT_ONCE of them
 class Standby:
     """The warm process of one host."""
 
-    def __init__(self, host: str, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
-        self.host, self.problem = host, ""
+    def __init__(self, host: str, argv: list[str], environment: Mapping[str, str], log: Path, code: int) -> None:
+        """`code` is the `state_of_code` that it imports."""
+        self.host, self.problem, self.code = host, "", code
         self.about: dict[str, Any] | None = None  # its answer "ready"
         self.codes: dict[int, int] = {}  # exit codes of the ranks of the last start
+        self._ranks: dict[int, int] = {}  # these ranks by process id: those of an earlier start may still be exiting
         self.started = True  # whether it has answered the last request to start ranks
         self._lock = threading.Lock()
         with open(log, "ab") as errors:
@@ -61,7 +64,7 @@ class Standby:
 
     def start(self, request: Mapping[str, Any]) -> None:
         """Ask it to start ranks."""
-        self.started, self.codes = False, {}
+        self.started, self.codes, self._ranks = False, {}, {}
         self.send(do="start", **request)
 
     def _read(self) -> None:
@@ -72,9 +75,10 @@ class Standby:
                 if answer["what"] == "ready":
                     self.about = {"seconds": float(answer["seconds"]), "mib": int(answer["mib"])}
                 elif answer["what"] == "started":
+                    self._ranks = {int(pid): int(rank) for rank, pid in answer["ranks"].items()}
                     self.started = True
-                elif answer["what"] == "exited":
-                    self.codes[int(answer["rank"])] = int(answer["code"])
+                elif answer["what"] == "exited" and int(answer["pid"]) in self._ranks:
+                    self.codes[self._ranks[int(answer["pid"])]] = int(answer["code"])
                 elif answer["what"] == "problem":
                     self.problem = str(answer["text"])[:300]
             except (ValueError, KeyError, TypeError):
@@ -160,6 +164,11 @@ class Standbys:
 
     def ranks_of(self, job: Job, command: Command) -> WarmRanks | None:
         """Return the ranks of an attempt, to be started; None if a host has no warm process that is ready in time."""
+        if outdated := self._outdated():
+            self.drop(outdated)
+            text = "WARM PROCESS: the code has changed since they imported it; DeepSpeed's launcher starts the ranks"
+            self._events.add("cold start", text, hosts=[one.host for one in outdated])
+            return None
         missing = [host for host in job.hosts if not self._is_usable(host)]
         for begin in range(0, len(missing), AT_ONCE):
             time.sleep(PAUSE_S if begin else 0.0)
@@ -206,7 +215,12 @@ class Standbys:
     def _is_usable(self, host: str) -> bool:
         return host in self._by_host and not self._by_host[host].problem
 
+    def _outdated(self) -> list[Standby]:
+        code = state_of_code(self._train)
+        return [one for one in self._by_host.values() if one.code != code]
+
     def _start(self, hosts: list[str], command: Command) -> None:
+        code = state_of_code(self._train)
         for host in hosts:
             self._tried.add(host)
             script = os.path.join(os.path.dirname(self._train), "standby.py")
@@ -218,9 +232,8 @@ class Standbys:
                 words = {**exported_by_runner(os.environ), **own}
                 argv = ["env", *(f"{name}={value}" for name, value in words.items()), *argv]
                 environment = dict(os.environ)
-            self._by_host[host] = Standby(
-                host, ssh_command(host, argv, self._ssh_port), environment, self._folder / "standby.log"
-            )
+            log = self._folder / "standby.log"
+            self._by_host[host] = Standby(host, ssh_command(host, argv, self._ssh_port), environment, log, code)
             self._told = False
 
     def _keep_in_touch(self) -> None:
@@ -236,6 +249,17 @@ def reason_against(launcher: str, hosts: Mapping[str, int]) -> str:
     if any(in_allocation(host) for host in hosts):
         return "a step of Slurm beside the job's has no devices of its own"
     return ""
+
+
+def state_of_code(train: str) -> int:
+    """Return a number that changes with the Python files of the package, of which `train` is one."""
+    found = []
+    for folder, _, names in os.walk(os.path.dirname(train)):
+        for path in (os.path.join(folder, name) for name in names if name.endswith(".py")):
+            with suppress(OSError):  # being replaced
+                about = os.stat(path)
+                found.append((path, about.st_mtime_ns, about.st_size))
+    return zlib.crc32(repr(sorted(found)).encode())
 
 
 def rank_environments(job: Job, command: Command) -> dict[str, list[dict[str, str]]]:

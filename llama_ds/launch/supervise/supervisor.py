@@ -106,6 +106,7 @@ class Supervisor:
         self._ahead: Ahead | None = None  # answers of hosts since the last failure
         self._repeats = RepeatedFailures()
         self._standbys = self._new_standbys() if start.warm and limits.restarts else None
+        self._warm = False  # whether the next attempt starts from them: not after one that never trained
         self._ending = False
 
     def ask(self, what: str) -> None:
@@ -191,12 +192,15 @@ class Supervisor:
         )
         if self._ending:
             return Outcome(outcomes.ENDED, "ended before the ranks were started; there was nothing to save")
-        outcome = self._attempt.run(warm=number > 1)
-        if self.limits.restarts and outcome.kind in outcomes.FAULTS and not self._ending:
-            self._read_hosts_again()
-            every = self.host_pool.all_hosts
-            self._ahead = Ahead(list(hosts), lambda: self._examine(every), lambda: self._arrange(list(hosts)))
-        outcome.unclean = self._attempt.end()
+        outcome = self._attempt.run(self._warm)
+        self._warm = self._attempt.has_trained
+        try:
+            if self.limits.restarts and outcome.kind in outcomes.FAULTS and not self._ending:
+                self._read_hosts_again()
+                every = self.host_pool.all_hosts
+                self._ahead = Ahead(list(hosts), lambda: self._examine(every), lambda: self._arrange(list(hosts)))
+        finally:
+            outcome.unclean = self._attempt.end()
         return outcome
 
     def _read_hosts_again(self) -> None:

@@ -117,7 +117,7 @@ def _schedule(item: Estimate) -> str:
     parallel = item.run.parallel
     if parallel.pp == 1:
         return "-"
-    chunks = f" x{parallel.virtual_stages}" if parallel.schedule == "interleaved" else ""
+    chunks = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
     return parallel.schedule + chunks + (f" +{parallel.extra_warmup}" if parallel.extra_warmup else "")
 
 
