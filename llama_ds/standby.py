@@ -36,6 +36,7 @@ from typing import Any, NoReturn
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # not the script's folder, as in train.py
 
+from llama_ds.job import devices
 from llama_ds.job.folder import VARIABLE
 from llama_ds.job.shown_process import ROOM, replace_process, restart_with_room
 
@@ -66,7 +67,8 @@ def main() -> None:
         say(answers, what="problem", text=problem)
         return
     say(answers, what="ready", seconds=round(time.monotonic() - begin, 2), mib=round(own_memory() / 2**20))
-    kept = {name: value for name, value in shown.items() if name not in (ROOM, VARIABLE)}
+    of_an_attempt = (ROOM, VARIABLE, devices.VARIABLE)  # each attempt gives its ranks its own, or none
+    kept = {name: value for name, value in shown.items() if name not in of_an_attempt}
     serve(answers, kept, float(sys.argv[1]))
 
 

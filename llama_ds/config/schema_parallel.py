@@ -133,7 +133,8 @@ class ParallelConfig(Section):
             "Whether a step's first forwards may begin before the global gradient norm of the step before is known. "
             "After a step that was not clipped, the update precedes its norm; if this one clips or is not finite, the "
             "update and these forwards are undone and repeated. Keeps a second copy of masters and moments.",
-            rule="For schedules dualpipe_v, zb_v, v_half and v_min.",
+            rule="For schedules dualpipe_v, zb_v, v_half and v_min, and AdamW with masters and states in fp32; not "
+            "with `compute.fp8`, `checkpoint.compare_repeats` or `compare_states`.",
         ),
     ] = False
 

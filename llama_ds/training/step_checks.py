@@ -98,7 +98,8 @@ class StepChecks:
         due = [(check, numbers.reshape(-1)) for check in self._checks if (numbers := check.numbers()) is not None]
         if not due:
             return
-        every = world.gather_numbers(torch.cat([numbers for _, numbers in due]).tolist(), self._device)
+        own = torch.cat([numbers.to(self._device) for _, numbers in due])  # offloaded states have theirs on the host
+        every = world.gather_numbers(own.tolist(), self._device)
         ends = np.cumsum([len(numbers) for _, numbers in due])
         for (check, _), part in zip(due, np.split(every, ends[:-1], 1), strict=True):
             self._lines += check.judge(part)

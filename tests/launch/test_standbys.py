@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def test_ranks_of_a_warm_process_are_told_apart_killed_and_survive_it(tmp_path: 
     def start(number: int, *arguments: str) -> tuple[Job, WarmRanks]:
         job = Job(str(tmp_path / f"attempt_{number:02d}"), {"localhost": 2}, "pdsh", ("127.0.0.1", 0), 5, 60)
         prepare(job, [])
-        ranks = standbys.ranks_of(job, command_of(job))
+        own_devices = {"LLAMA_DS_DEVICES": "0-1:4+5"} if number == 1 else {}
+        ranks = standbys.ranks_of(job, command_of(job, own_devices))
         assert ranks, (tmp_path / "events.jsonl").read_text()
         ranks._request = {**ranks._request, "argv": [str(script), *arguments]}
         assert ranks.begin() == {"warm": True}
@@ -86,6 +87,8 @@ def test_ranks_of_a_warm_process_are_told_apart_killed_and_survive_it(tmp_path: 
         job, ranks = start(2, "fail")
         wait_for(lambda: ranks.poll() is not None)
         assert ranks.poll() == 7
+        about = json.loads(Path(job.folder, "about_0").read_text())
+        assert "LLAMA_DS_DEVICES" not in about["environment"], "devices are by rank, and the host may be another"
         (own,) = agent.processes(VARIABLE, standbys.own_folder)
         os.kill(own, signal.SIGKILL)
         wait_for(lambda: not standbys._is_usable("localhost"))
@@ -137,17 +140,20 @@ def test_code_that_changes_during_a_job_is_imported_anew(tmp_path: Path) -> None
     """Else ranks would run the old code, and those of a host that joins later the new one."""
     standbys, job = fake_standbys(tmp_path)
     try:
+        standbys.wanted = job.hosts
+        standbys.prepare(command_of(job))
         assert standbys.ranks_of(job, command_of(job))
-        assert standbys.ranks_of(job, command_of(job))
+        standbys.prepare(command_of(job))
         (tmp_path / "package" / "new.py").write_text("")
         assert standbys.ranks_of(job, command_of(job)) is None
         assert not agent.processes(VARIABLE, standbys.own_folder), "the old one has been killed"
-        assert standbys.ranks_of(job, command_of(job))
+        standbys.prepare(command_of(job))
+        assert standbys._is_usable("localhost") and standbys.ranks_of(job, command_of(job))
     finally:
         standbys.close()
 
 
-def command_of(job: Job) -> Command:
+def command_of(job: Job, more: Mapping[str, str] | None = None) -> Command:
     return build(
         launcher="pdsh",
         hostfile=job.path("hostfile"),
@@ -156,7 +162,7 @@ def command_of(job: Job) -> Command:
         arguments_file=job.path("arguments"),
         master_addr="127.0.0.1",
         master_port=4711,
-        exports={"NCCL_DEBUG": "WARN", "DS_ACCELERATOR": "cpu", VARIABLE: job.folder},
+        exports={"NCCL_DEBUG": "WARN", "DS_ACCELERATOR": "cpu", VARIABLE: job.folder, **(more or {})},
         env_file=job.path("environment"),
         python=sys.executable,
         working_folder=os.path.realpath(os.getcwd()),

@@ -61,9 +61,9 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     history, results = [], []
     norms = LayerNorms(engine.deepspeed, run.model)
     once = case.steps - 1  # in the step before the last
-    every: dict[str, Any] = {"compare_replicas": once}
+    every: dict[str, Any] = {"compare_replicas": once, "compare_norms": True}
     if not case.post_validation:
-        every |= {"compare_repeats": once, "compare_norms": True, "compare_states": True}
+        every |= {"compare_repeats": once, "compare_states": True}
     checked = replace(run.checkpoint, **every)
     here = torch.distributed.get_rank(), ["host"] * case.world, torch.device("cpu")
     checks = StepChecks(replace(run, checkpoint=checked), case.layout, engine, *here)

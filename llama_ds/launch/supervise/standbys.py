@@ -166,6 +166,7 @@ class Standbys:
         """Return the ranks of an attempt, to be started; None if a host has no warm process that is ready in time."""
         if outdated := self._outdated():
             self.drop(outdated)
+            self._tried.clear()
             text = "WARM PROCESS: the code has changed since they imported it; DeepSpeed's launcher starts the ranks"
             self._events.add("cold start", text, hosts=[one.host for one in outdated])
             return None
