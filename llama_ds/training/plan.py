@@ -119,7 +119,8 @@ def _documents(run: RunConfig) -> str:
     text = f"{short(flops_per_token(run.model, run.data.seq_len, keys))}, {keys:,.0f} keys per token: {assumption(run)}"
     if run.parallel.cp == 1 or sizes.ring == 1:
         return text
-    return f"{text}; attention of the slowest rank of the ring {1 + ring_imbalance(rows, sizes, 1):.4f} of the mean"
+    slowest = 1 + ring_imbalance(rows, sizes, run.parallel.micro_batch)
+    return f"{text}; attention of the slowest rank of the ring {slowest:.4f} of the mean"
 
 
 def _mup(run: RunConfig) -> str:

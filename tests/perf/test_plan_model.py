@@ -188,6 +188,13 @@ def test_nothing_hides_the_gather_of_the_gradient_that_a_stage_receives() -> Non
     assert layer_time(A100, planned("parallel.schedule=zb_h1").step.job, "none").ahead < layer.ahead
 
 
+def test_updates_before_their_norm_hold_states_twice_and_say_so() -> None:
+    v = ("parallel.schedule=dualpipe_v", "parallel.virtual_stages=2")
+    plain, twice = planned(*v), planned(*v, "parallel.post_validation=true")
+    assert [m.optimizer for m in twice.memory] == pytest.approx([2 * m.optimizer for m in plain.memory])
+    assert "and copies of them" in explain(twice) and "and copies of them" not in explain(plain)
+
+
 def test_float8_speeds_up_products_of_many_tokens_on_machines_that_have_it() -> None:
     """By less than twice: attention and the passes over the factors stay. Those over weights outweigh few tokens."""
 
@@ -202,6 +209,9 @@ def test_float8_speeds_up_products_of_many_tokens_on_machines_that_have_it() -> 
     plain, fp8 = planned(size="7b", gpus=64, gpu=H100), planned("compute.fp8=current", size="7b", gpus=64, gpu=H100)
     matrices = plain.run.model.num_hidden_layers * (4 * 4096**2 + 3 * 4096 * 11008)
     assert fp8.memory[0].working - plain.memory[0].working == 2 * matrices  # quantised along each dimension
+    words = explain(fp8)
+    assert "products 2.00 times as fast as in bf16" in words and "and matrices in float8" in words
+    assert "float8" not in explain(plain)
     seven = str(REPO / "ds_configs/llama_7b.yaml")
     for find in (planned, lambda *overrides: search(load_run(seven, overrides), 8, A100)):
         with pytest.raises(UserError, match=r"compute\.fp8 = current: layout/flops\.py has no float8 peak for A100"):

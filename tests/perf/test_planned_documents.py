@@ -16,6 +16,7 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.planned_documents import packed_rows, ring_imbalance, ring_pairs
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.estimate import as_data, estimate, report
+from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.training.cp_balance import CpBalance, ring_work
 from llama_ds.training.plan import describe
 
@@ -87,6 +88,12 @@ def test_a_dry_run_says_what_it_counts() -> None:
     keys = packed_rows((700, 40000), 131072).keys
     assert f"{keys:,.0f} keys per token: documents of 20,350 tokens on average" in text
     assert "attention of the slowest rank of the ring 1.000" in text
+    # Over micro-batches, as the estimate and `cp_imbalance`: 1.0024 for one row, 1.0008 for two.
+    run = long_rows("data.document_tokens=[3,9,40]", "parallel.cp_method=ring", "parallel.micro_batch=2")
+    planned = sharing_costs(A100, estimate(run, 256, A100).step)
+    assert planned and planned.imbalance > 5e-4
+    text = describe(run, resolve_layout(run, 256), {"bf16": {"enabled": True}})
+    assert f"attention of the slowest rank of the ring {1 + planned.imbalance:.4f} of the mean" in text
 
 
 def test_documents_without_tokens_are_refused() -> None:

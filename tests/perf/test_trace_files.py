@@ -19,7 +19,7 @@ from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.kinds import METRICS
 from llama_ds.perf.trace.limits import parse_limit
 from llama_ds.perf.trace.merge import merge
-from llama_ds.perf.trace.read import Event, RankClock, rank_files
+from llama_ds.perf.trace.read import Event, RankClock, rank_files, read_rank
 from tests import warm
 from tests.chrome_format import check_chrome_format
 
@@ -112,6 +112,13 @@ def test_damaged_files_are_named_in_one_line(damage: Any, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=f"^{path}: .*record again$") as error:
         analyse_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_times_that_order_a_v_are_in_any_unit(tmp_path: Path) -> None:
+    times = (12_000_000, 14_000_000, 10_000_000, 900)  # nanoseconds
+    about = {"schedule": "zb_v", "virtual_stages": 2, "micro_batches": 4}
+    write(tmp_path, [replace(one, about={**one.about, **about, "pass_times": times}) for one in two_ranks()])
+    assert read_rank(tmp_path / "rank00001.json").schedule.pass_times == times
 
 
 def test_damaged_profile_is_named(tmp_path: Path) -> None:

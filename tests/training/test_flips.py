@@ -1,6 +1,6 @@
 """Bits that flip in a real run of three replicas: those that the checks cover are found, and their rank is named.
 
-`tools/benchmark.py flips` does the same with 1,000 flips and 10,000 steps without any.
+`tools/benchmark.py flips` does the same with 1,008 flips and 1,000 steps without any.
 """
 
 from __future__ import annotations

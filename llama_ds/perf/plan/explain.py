@@ -6,6 +6,7 @@ from collections import Counter
 
 from llama_ds.layout.flops import flops_per_token, parameter_count
 from llama_ds.layout.optimizer_states import states_of
+from llama_ds.layout.rank_memory import keeps_fp8_weights
 from llama_ds.layout.recompute import GIB, USABLE
 from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.communication import bus_bandwidth, nodes
@@ -44,12 +45,21 @@ def _machine(found: Estimate) -> list[tuple[str, str]]:
     return [
         ("peak", f"{gpu.peak / 1e12:.4g} TFLOP/s {gpu.dtype} dense ({_peak_source(gpu)})"),
         *_computing(gpu),
+        *_float8(found),
         ("host", f"{fit.launch_us:.1f} us per kernel, {fit.step_ms:.1f} ms per step"),
         ("within a node", f"{links.nvlink_gb_s:.0f} GB/s of a ring's bus bandwidth among {links.gpus_per_node} GPUs"),
         ("between nodes", between),
         ("ranks", f"step times with a relative standard deviation of {gpu.rank_spread:.1%}; all wait for the slowest"),
         ("calibration", fit.sources or "not stated"),
     ]
+
+
+def _float8(found: Estimate) -> list[tuple[str, str]]:
+    speedup = found.gpu.fp8_speedup
+    if found.run.compute.fp8 == "off" or speedup is None:
+        return []
+    words = f"products {speedup:.2f} times as fast as in {found.gpu.dtype}, as the data sheet's peaks say; not measured"
+    return [("float8", words)]
 
 
 def _peak_source(gpu: Hardware) -> str:
@@ -202,7 +212,8 @@ def _states(found: Estimate) -> str:
     each = states.nbytes(Counter({Role.EMBEDDING: 1}), found.gpu.element_bytes)
     hidden = states.nbytes(Counter({Role.HIDDEN_MATRIX: 1}), found.gpu.element_bytes)
     own = f", {hidden} of hidden matrices" if hidden != each else ""
-    return f"{each} bytes each{own}: masters and moments of {found.run.optimizer.name}"
+    twice = ", and copies of them (parallel.post_validation)" if found.run.parallel.post_validation else ""
+    return f"{each} bytes each{own}: masters and moments of {found.run.optimizer.name}{twice}"
 
 
 def _memory(found: Estimate) -> list[tuple[str, str]]:
@@ -225,7 +236,11 @@ def _memory(found: Estimate) -> list[tuple[str, str]]:
             "activations",
             f"{held.activations / GIB:8.2f}: saved by layers (layout/activation_memory.py), all micro-batches",
         ),
-        ("working", f"{held.working / GIB:8.2f}: within a layer or the head's chunk of logits, and messages"),
+        (
+            "working",
+            f"{held.working / GIB:8.2f}: within a layer or the head's chunk of logits, and messages"
+            f"{', and matrices in float8' if keeps_fp8_weights(found.run, found.layout) else ''}",
+        ),
         ("margin", f"{held.margin / GIB:8.2f}: {1 - USABLE:.0%} of the device for driver, libraries, fragmentation"),
         ("sum", f"{held.total / GIB:8.2f} of {found.gpu.memory_gib:.0f}"),
     ]

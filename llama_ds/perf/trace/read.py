@@ -211,8 +211,9 @@ def read_rank(path: Path) -> RankRecord:
         recorded = [axis for axis in AXES if axis in NAMED or f"{axis}_rank" in data]
         coords = Coords(**{axis: int(data.pop(f"{axis}_rank")) for axis in recorded})
         found = RankRecord(rank, world, str(data.pop("host")), coords, data, clock, events)
-        counts = [world, *(data[name] for name in _COUNTS), *(data.get("pass_times") or ())]
+        counts = [world, *(data[name] for name in _COUNTS)]
         assert all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts)
+        assert all(type(time) is int for time in data.get("pass_times") or ())  # in any unit
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
         assert world % data["pp"] == 0 and all(isinstance(event.what, str) for event in events)
     except (
