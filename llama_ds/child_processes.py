@@ -81,6 +81,17 @@ class ChildGroup:
         return code
 
 
+@contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the main thread on SIGTERM and SIGHUP, too, for cleaning up what was started."""
+    previous = {number: signal.signal(number, _interrupt) for number in TERMINATION_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llama_ds import log
-from llama_ds.child_processes import without_interrupts
+from llama_ds.child_processes import ended_like_ctrl_c, without_interrupts
 from llama_ds.errors import UserError
 from llama_ds.launch.namespaces import INTERFACE, Hosts
 from llama_ds.machine import free_port
@@ -59,7 +59,7 @@ def start_ranks(
     """
     request = folder / "request.json"
     request.write_text(json.dumps(asdict(wanted)))
-    with ExitStack() as stack:
+    with ended_like_ctrl_c(), ExitStack() as stack:
         hosts = stack.enter_context(Hosts(world, rate_mbit, delay_ms, node_ranks)) if rate_mbit else None
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from calling import Finished, Tools
 from calls import NORMAL, WAITING, WITH_RANKS
 
-from llama_ds.child_processes import run_child, without_interrupts
+from llama_ds.child_processes import ended_like_ctrl_c, run_child, without_interrupts
 from tests.console import foreign_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,16 @@ def test_a_signal_while_a_child_is_created_ends_the_child(monkeypatch: pytest.Mo
     finally:
         signal.signal(signal.SIGINT, before)
     assert created[0].poll() is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_was_started_is_ended_on_termination_signals(number: int) -> None:
+    before, ended = signal.getsignal(number), list[str]()
+    with pytest.raises(KeyboardInterrupt), ended_like_ctrl_c(), ExitStack() as started:
+        started.callback(ended.append, "ranks")
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+    assert ended == ["ranks"] and signal.getsignal(number) == before
 
 
 def when_started(process: int, count: int) -> list[psutil.Process]:
