@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,21 +24,19 @@ def run_child(command: Sequence[str], grace_s: float = 30.0, **options: Any) -> 
     received: list[int] = []  # while the child is being created, when nobody could terminate it
     ignored = signal.getsignal(signal.SIGINT) != signal.default_int_handler
     numbers = TERMINATION_SIGNALS if ignored else (signal.SIGINT, *TERMINATION_SIGNALS)
-    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        with subprocess.Popen(command, start_new_session=True, text=True, **options) as process:
-            try:
-                for number in numbers:
-                    signal.signal(number, _interrupt)
-                if received:
-                    raise KeyboardInterrupt
-                output, _ = process.communicate()
-            except BaseException:
-                _terminate(process, grace_s)
-                raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with (
+        _handling(numbers, lambda number, _: received.append(number)),
+        subprocess.Popen(command, start_new_session=True, text=True, **options) as process,
+    ):
+        try:
+            for number in numbers:
+                signal.signal(number, _interrupt)
+            if received:
+                raise KeyboardInterrupt
+            output, _ = process.communicate()
+        except BaseException:
+            _terminate(process, grace_s)
+            raise
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
@@ -51,9 +49,10 @@ class ChildGroup:
     def __init__(self, grace_s: float = 30.0) -> None:
         self._grace_s, self._ended, self._lock = grace_s, False, threading.Lock()
         self._running: list[subprocess.Popen[str]] = []
+        self._signals = ended_like_ctrl_c()
 
     def __enter__(self) -> ChildGroup:
-        self._previous = {number: signal.signal(number, _interrupt) for number in TERMINATION_SIGNALS}
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,8 +63,7 @@ class ChildGroup:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in self._running:
             _terminate(process, self._grace_s)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(None, None, None)
 
     def run(self, command: Sequence[str], **options: Any) -> int:
         """Run a command in a process group of its own; return its exit code. A group that has ended starts nothing."""
@@ -84,12 +82,19 @@ class ChildGroup:
 @contextmanager
 def ended_like_ctrl_c() -> Iterator[None]:
     """Raise KeyboardInterrupt in the main thread on SIGTERM and SIGHUP, too, for cleaning up what was started."""
-    previous = {number: signal.signal(number, _interrupt) for number in TERMINATION_SIGNALS}
+    with _handling(TERMINATION_SIGNALS, _interrupt):
+        yield
+
+
+@contextmanager
+def _handling(numbers: Sequence[signal.Signals], handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Handle signals by `handler` inside the block, and as before after it."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _interrupt(*_: object) -> None:
