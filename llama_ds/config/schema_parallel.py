@@ -138,5 +138,19 @@ class ParallelConfig(Section):
         ),
     ] = False
 
+    tp_chunks: Annotated[
+        int,
+        Key(
+            "Chunks into which decoder layers cut their tokens, so that tensor-parallel collectives of one chunk "
+            "overlap the matrix products of others: in the forward, and in the backward where the schedule defers "
+            "weight gradients, which otherwise overlap them. Smaller products are slower; `plan.py` says what pays.",
+            "chunks",
+            POSITIVE,
+            rule="More than 1 needs tp > 1 and `compute.decoder_layer: manual_backward`; divides `data.seq_len`, "
+            "divided by `cp`, and by tp under `sequence_parallel`.",
+            most=64,
+        ),
+    ] = 1
+
     def check(self) -> None:
         check_parallel(self)

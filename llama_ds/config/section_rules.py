@@ -143,6 +143,10 @@ def check_parallel(parallel: ParallelConfig) -> None:
         raise parallel.broken(
             "parallel.sequence_parallel = true shares rows over tp ranks and tp is 1; set it to false"
         )
+    if parallel.tp_chunks > 1 and tp == 1:
+        raise parallel.broken(
+            f"parallel.tp_chunks = {parallel.tp_chunks} overlaps the collectives of tp ranks and tp is 1; set it to 1"
+        )
     if parallel.cp == 1 and parallel.cp_method != "auto":
         raise parallel.broken(
             f"parallel.cp_method = {parallel.cp_method} shares rows over cp ranks and cp is 1; leave it out"

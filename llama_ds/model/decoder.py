@@ -19,6 +19,7 @@ from llama_ds.layout.mup import initial_factor
 from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cached_layer import cached_forward
+from llama_ds.model.chunked_products import GathersAhead
 from llama_ds.model.context_parallel import ContextParallel, WholeRows, rows_of_its_own
 from llama_ds.model.init import initial_shard
 from llama_ds.model.key_value_cache import CacheHolder
@@ -48,6 +49,7 @@ class LayerContext:
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     products: Products = field(default_factory=PlainProducts)  # for the hand-written backward
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
+    gathers_ahead: GathersAhead = field(default_factory=GathersAhead)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
     caches: CacheHolder = field(default_factory=CacheHolder)  # for the generation of text
 

@@ -87,6 +87,11 @@ class LayerWeightGradients:
         self._current.append((modules, grad, x))
         return [None] * len(modules)
 
+    @property
+    def deferred(self) -> bool:
+        """Whether the running backward queues its work."""
+        return self._stage.deferred
+
     def end_micro_batch(self) -> None:
         """Close the backward of one micro-batch."""
         if self._stage.deferred:
