@@ -44,7 +44,7 @@ RUN: dict[str, Any] = {
 REAL = {
     "pp2_tp2": [
         *("parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"),
-        *("model.vocab_size=127", "optimizer.name=muon"),  # padded, and with other states
+        *("model.vocab_size=127", "optimizer.name=muon", "parallel.tp_chunks=4"),  # padded, and with other states
     ],
     "pp2_dp2_split": [
         *("parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"),

@@ -102,6 +102,38 @@ def contention(gpu: Hardware, group: RankGroup) -> float:
     return gpu.calibration.contention * (1 + bus_bandwidth(gpu, group) / (gpu.links.nvlink_gb_s * 1e9)) / 2
 
 
+def exposed_by_chunks(
+    count: int, before: float, reduce: float, gather: float, after: float, last_waits: bool = False
+) -> float:
+    """Return for how long products wait for the collectives between them, in the order of `model/chunked_products.py`.
+
+    Args:
+        before, reduce, gather, after: time of one chunk's product, its sum, its gather and the product behind that; 0:
+            there is none. The link carries one collective at a time, as issued.
+        last_waits: whether the last chunk is passed on before the first product behind, as from layer to layer.
+    """
+    now, link = 0.0, 0.0  # times until which the rank computes and the link is occupied
+    sums, gathers = list[float](), list[float]()
+
+    def pass_on() -> None:
+        nonlocal now, link
+        now = max(now, sums[len(gathers)])
+        link = max(link, now) + gather if gather else link
+        gathers.append(link if gather else now)
+
+    for i in range(count):
+        now += before
+        link = max(link, now) + reduce if reduce else link
+        sums.append(link if reduce else now)
+        if i:
+            pass_on()
+    for i in range(count):
+        if i == (0 if last_waits or count == 1 else 1):
+            pass_on()
+        now = max(now, gathers[i]) + after
+    return now - count * (before + after)
+
+
 def _measured(gpu: Hardware, operation: str, group: RankGroup, size: float) -> float | None:
     """Return the measured time of an operation, or None if groups of this kind were not measured."""
     if group.size <= 1 or size <= 0 or not gpu.curves:

@@ -131,6 +131,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "extra_warmup": parallel.extra_warmup,
         "pass_times": parallel.pass_times,
         "post_validation": parallel.post_validation,
+        "tp_chunks": parallel.tp_chunks,
         "zero_stage": found.run.zero_stage,
         "recompute": [dict(counts) for counts in step.job.stages],
         "step_s": step.seconds,
@@ -172,12 +173,14 @@ def report(found: Estimate) -> str:
     """Return the estimate as text."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
     sharing, likely = sharing_costs(found.gpu, step), likely_speed(found.gpu, step)
+    cut = f", tensor-parallel collectives in {parallel.tp_chunks} chunks" if parallel.tp_chunks > 1 else ""
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
         f"{f' with {parallel.virtual_stages} stages a rank' if parallel.virtual_stages > 1 else ''}"
         f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}"
-        f"{', steps begin before the norm' if parallel.post_validation else ''}, ZeRO-{found.run.zero_stage}",
+        f"{', steps begin before the norm' if parallel.post_validation else ''}"
+        f"{cut}, ZeRO-{found.run.zero_stage}",
         f"  batch          {layout.global_batch:,} rows of {found.run.data.seq_len:,} = dp {layout.dp} x micro-batch "
         f"{layout.micro_batch} x {layout.accumulation} micro-batches",
         f"  step           {step.seconds:.3f} s = pipeline {step.pipeline:.3f} + reduction {step.reduction:.3f} + "

@@ -58,6 +58,7 @@ class StepJob:
     low_precision: bool = False  # whether optimizer states are bf16
     pass_times: tuple[int, ...] | None = None  # times that order a V
     post_validation: bool = False  # whether steps begin before the norm of the step before
+    tp_chunks: int = 1  # chunks of tokens, whose tensor-parallel collectives overlap the products of others
     fp8: str = "off"  # scaling of the layers' products in float8: `compute.fp8`
     fp8_weight_gradients: bool = False
     planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
@@ -164,6 +165,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         low_precision=bool(states_of(run.optimizer).bf16),
         pass_times=schedule.pass_times,
         post_validation=run.parallel.post_validation,
+        tp_chunks=run.parallel.tp_chunks,
         fp8=run.compute.fp8,
         fp8_weight_gradients=run.compute.fp8_weight_gradients,
         planned=planned_rows(run),

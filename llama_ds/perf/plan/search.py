@@ -27,6 +27,7 @@ from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
+from llama_ds.perf.plan.tensor_chunks import best_chunks
 from llama_ds.schedules.schedule import DEFERRING
 
 MAX_MICRO_BATCH = 16
@@ -284,6 +285,8 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
         )
         return None
     job = job_of(run, layout, policies, gpu.dtype)
+    job = replace(job, tp_chunks=best_chunks(gpu, job))
+    run = replace(run, parallel=replace(run.parallel, tp_chunks=job.tp_chunks))
     return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
 
 
