@@ -138,6 +138,8 @@ def _add_tensor_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seq-len", type=whole(), default=512, metavar="TOKENS", help="(default: %(default)s)")
     words = "values of parallel.tp_chunks, compared with the first (default: 1 4)"
     command.add_argument("--chunks", type=whole(), nargs="+", default=[1, 4], help=words)
+    words = "let products sleep for the time of this rate instead of multiplying, on a busy machine"
+    command.add_argument("--paced-gflops", type=size, metavar="GFLOPS", help=words)
     command.add_argument("--deferred", action="store_true", help="a backward that defers weight gradients")
     _add_links(command)
 

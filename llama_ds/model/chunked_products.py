@@ -1,15 +1,11 @@
 """Products beside tensor-parallel collectives: while one chunk of tokens travels, another one is multiplied.
 
 Shapes: N tokens of a micro-batch, M of this rank (`tensor_parallel.py`), D hidden size, I inputs and O outputs of a
-product. A pass with one chunk issues a collective for all tokens and waits for it. With more chunks
-
-    reduce 0, reduce 1, pass on 0, reduce 2, pass on 1, ..., multiply 0, pass on last, multiply 1, ...
-
-are a layer's steps from one row-parallel product to the next column-parallel one: `reduce` multiplies a chunk and
-issues its sum, `pass on` waits for the sum, computes what lies between (a norm) and issues the gather, and `multiply`
-waits for that. From three chunks on, a product lies between the issue of each collective and its wait; without sequence
-parallelism, where nothing is gathered, from two on. Products write to slices of one tensor, so that everything else
-sees whole tensors, and each element is the same sum as without chunks.
+product. With one chunk, a collective is issued for all tokens and then awaited. With more, a layer goes from a
+row-parallel product to the next column-parallel one in steps of one chunk: multiply and issue the sum; pass on, which
+is to wait for the sum, compute what lies between (a norm) and issue the gather; wait for the gather and multiply.
+`llama_ds.layout.chunk_order` has their order, in which products of other chunks hide the collectives. Products write to
+slices of one tensor, so that everything else sees whole tensors, and each element is the same sum as without chunks.
 """
 
 from __future__ import annotations
@@ -19,9 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llama_ds.layout.chunk_order import passed_before
 from llama_ds.model.pointwise import rms_norm_backward
 from llama_ds.model.tensor_parallel import Pending, TensorParallel
 
+PassOn = Callable[[int], None]  # of the chunk with this number
 Multiply = Callable[[Tensor, Tensor | None], Tensor]  # (N, I) -> (N, O), written to the second argument if given
 
 
@@ -41,8 +39,13 @@ class Gathering:
         tp = self._tp
         if tp.sequence_parallel and self._whole is None:
             self._whole = x.new_empty(self._tokens * tp.size, x.shape[1])
-        out = None if self._whole is None else self._whole.chunk(self.count)[len(self._pending)]
+        out = None if self._whole is None else cut(self._whole, self.count)[len(self._pending)]
         self._pending.append(tp.gather_tokens(x, out, tp.chunks_of(self._tokens) // self.count))
+
+    @property
+    def issued(self) -> int:
+        """The number of chunks whose gathers are issued."""
+        return len(self._pending)
 
     def chunk(self, i: int) -> Tensor:
         """Wait for chunk i, after those before it: (N / count, D)."""
@@ -64,7 +67,7 @@ class Reduction:
         self.count = count
         self._tp, self._multiply = tp, multiply
         self._tokens = len(x) // tp.size if tp.sequence_parallel else len(x)
-        self._inputs = list(x.chunk(count))
+        self._inputs = list(cut(x, count))
         self._pending: list[Pending] = []
         self._sums: list[Tensor] = []
         # Without sequence parallelism the partial outputs become the sums.
@@ -77,12 +80,14 @@ class Reduction:
         partial = self._multiply(self._inputs.pop(0), None if tp.sequence_parallel else out)
         self._pending.append(tp.reduce_tokens(partial, out, chunks))
 
-    def issue_all(self, pass_on: Callable[[int], None] | None = None) -> None:
-        """Issue all chunks, and call `pass_on` for each but the last, as soon as the next one travels."""
-        for i in range(self.count):
+    def issue_all(self, pass_on: PassOn | None = None, early: bool = True) -> None:
+        """Issue all chunks, and call `pass_on` for the chunks whose turn comes before the last product."""
+        passed = 0
+        for until in passed_before(self.count, early)[: self.count]:
+            while pass_on and passed < until:
+                pass_on(passed)
+                passed += 1
             self.issue()
-            if i and pass_on:
-                pass_on(i - 1)
 
     def chunk(self, i: int) -> Tensor:
         """Wait for chunk i, after those before it: (M / count, D)."""
@@ -97,16 +102,14 @@ class Reduction:
 
 
 def multiply_gathered(
-    gathering: Gathering, multiply: Multiply, width: int, pass_last_on: Callable[[], None] | None = None
+    gathering: Gathering, multiply: Multiply, width: int, pass_on: PassOn | None = None, early: bool = True
 ) -> Tensor:
-    """Multiply the chunks of a gathering as they arrive: (N, `width`).
-
-    `pass_last_on` issues the last chunk: before the first product, or behind it if there are several.
-    """
-    count, out, product = gathering.count, None, None
-    for i in range(count):
-        if pass_last_on and i == min(1, count - 1):
-            pass_last_on()
+    """Multiply the chunks of a gathering as they arrive, to (N, `width`), and call `pass_on` for those not issued."""
+    count = gathering.count
+    out = product = None
+    for i, until in enumerate(passed_before(count, early)[count:]):
+        while pass_on and gathering.issued < until:
+            pass_on(gathering.issued)
         x = gathering.chunk(i)
         if count > 1 and out is None:
             out = x.new_empty(len(x) * count, width)
@@ -118,7 +121,7 @@ def multiply_gathered(
 def gather(tp: TensorParallel, x: Tensor, count: int) -> Gathering:
     """Issue the gather of x (M, D), in `count` chunks where tokens travel."""
     gathering = Gathering(tp, len(x), count if tp.sequence_parallel else 1)
-    for chunk in x.chunk(gathering.count):
+    for chunk in cut(x, gathering.count):
         gathering.issue(chunk)
     return gathering
 
@@ -129,14 +132,20 @@ class NormBackward:
     def __init__(self, x: Sequence[Tensor], weight: Tensor, eps: float, residuals: Sequence[Tensor]) -> None:
         self._x, self._weight, self._eps, self._residuals = x, weight, eps, residuals
         self.grads: list[Tensor] = []  # (M / count, D) each
-        self.grad_weight = weight.new_zeros(())
+        self._grad_weights: list[Tensor] = []  # (D,)
+
+    @property
+    def grad_weight(self) -> Tensor:
+        """The sum of all chunks: (D,)."""
+        first, *rest = self._grad_weights
+        return sum(rest, first)
 
     def chunk(self, grad: Tensor) -> Tensor:
         """Return the gradient of the next chunk of x, with that of the residual branch: (M / count, D)."""
         i = len(self.grads)
         grad_x, grad_weight = rms_norm_backward(grad, self._x[i], self._weight, self._eps, self._residuals[i])
         self.grads.append(grad_x)
-        self.grad_weight = self.grad_weight + grad_weight if i else grad_weight
+        self._grad_weights.append(grad_weight)
         return grad_x
 
 
@@ -157,6 +166,11 @@ class GathersAhead:
         gathering = self._last[1]
         self._last = None
         return gathering
+
+
+def cut(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Return `count` equal chunks of x."""
+    return (x,) if count == 1 else x.chunk(count)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

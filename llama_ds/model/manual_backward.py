@@ -37,6 +37,7 @@ from llama_ds.model.chunked_products import (
     Multiply,
     NormBackward,
     Reduction,
+    cut,
     gather,
     joined,
     multiply_gathered,
@@ -85,6 +86,8 @@ class ManualBackwardLayer(DecoderLayer):
         self.first = first
         self.kernel = kernel_over(context.cp, context.attention.name)
         self.weight_grads = LayerWeightGradients(context.weight_gradients, context.products)
+        # Whether the backward cuts its tokens into chunks; None: where weight gradients are deferred.
+        self.cuts_backward: bool | None = None
         self.recomputes_early = False  # True (policy full only): recompute_oldest() runs before every backward
         self._outstanding: deque[Any] = deque()  # autograd contexts of forwards with a pending backward
         self._recording = False
@@ -197,16 +200,16 @@ def forward(
     # 4. m = x + o W_o^T, summed over ranks
     # 5. l = norm(m), gathered over the sequence
     # 6. [g | u] = l [W_gate | W_up]^T, a = silu(g) u
-    residuals = own.chunk(count)
+    residuals = cut(own, count)
     mids = Reduction(tp, out.flatten(2).flatten(0, 1), _outputs(layer, (attention.o_proj,)), width, count)
     gathering = Gathering(tp, len(own), count)
 
     def pass_on(i: int) -> None:
         gathering.issue(rms_norm(_add_residual(mids.chunk(i), residuals[i], attention.o_proj), mid_norm, eps))
 
-    mids.issue_all(pass_on)
+    mids.issue_all(pass_on, early=False)
     gate_up = multiply_gathered(
-        gathering, _outputs(layer, layer.wide_mlp), _width(layer.wide_mlp), lambda: pass_on(count - 1)
+        gathering, _outputs(layer, layer.wide_mlp), _width(layer.wide_mlp), pass_on, early=False
     )
     mid, normed_mid = mids.whole().view_as(x), gathering.whole()
     product = swiglu(gate_up)
@@ -244,7 +247,8 @@ def backward(
     weight_grads, width = layer.weight_grads, x.shape[-1]
     own = x.flatten(0, 1)  # (M, D)
     # Weight gradients hide the collectives of all tokens; where they are deferred, chunks hide each other's.
-    count = tp.chunks_of(len(own)) if weight_grads.deferred else 1
+    cuts = weight_grads.deferred if layer.cuts_backward is None else layer.cuts_backward
+    count = tp.chunks_of(len(own)) if cuts else 1
 
     # For a bias b of a product dy: db = sum over tokens of dy.
     # 7. dm = dy (the residual), da = dy W_down, dW_down = dy^T a
@@ -265,8 +269,8 @@ def backward(
     # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
     # 4. do = dm W_o, dW_o = dm^T o
     sums = Reduction(tp, grad_gate_up, _input_gradients(layer, layer.wide_mlp), width, count)
-    gathering, residuals = Gathering(tp, len(own), count), grad_own.chunk(count)
-    mid_back = NormBackward(mid.flatten(0, 1).chunk(count), mid_norm, eps, residuals)
+    gathering, residuals = Gathering(tp, len(own), count), cut(grad_own, count)
+    mid_back = NormBackward(cut(mid.flatten(0, 1), count), mid_norm, eps, residuals)
     pass_on = partial(_pass_on, sums, mid_back, gathering)
     sums.issue_all(pass_on)
     grad_down_weight = weight_grads.of((mlp.down_proj,), gathered_grad_y, product)  # 7. dW_down
@@ -276,11 +280,10 @@ def backward(
     grad_gate_up_bias = bias_gradients(layer.wide_mlp, grad_gate_up)
     del grad_gate_up
     by_output = _input_gradients(layer, (attention.o_proj,))
-    last = None if count == 1 else partial(pass_on, count - 1)
-    grad_out = multiply_gathered(gathering, by_output, attention.o_proj.weight.shape[1], last).view_as(out)
+    grad_out = multiply_gathered(gathering, by_output, attention.o_proj.weight.shape[1], pass_on).view_as(out)
     gathered_grad_mid = gathering.whole()
     summing_mid_norm = tp.start_sum(mid_back.grad_weight)
-    del sums, pass_on, last
+    del sums, pass_on
     # 3. dq, dk, dv of the attention: formulas in `llama_ds.model.attention_kernels`
     heads = qkv if attention.q_norm is None else _rotate_queries_and_keys(layer, _normed_heads(layer, qkv))
     q, k, v = _split_heads(layer, heads)
@@ -294,12 +297,13 @@ def backward(
     # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
     sums = Reduction(tp, grad_qkv, _input_gradients(layer, layer.wide_attention), width, count)
     ahead = Gathering(tp, len(own), count) if tp.sequence_parallel and not layer.first else None
-    back = NormBackward(own.chunk(count), norm, eps, mid_back.grads)
+    back = NormBackward(cut(own, count), norm, eps, mid_back.grads)
     pass_on = partial(_pass_on, sums, back, ahead)
     sums.issue_all(pass_on)
     grad_o_weight = weight_grads.of((attention.o_proj,), gathered_grad_mid, out.flatten(2).flatten(0, 1))  # 4. dW_o
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
-    pass_on(count - 1)
+    for i in range(len(back.grads), count):
+        pass_on(i)
     grad_x = joined(back.grads).view_as(x)
     if ahead:
         layer.context.gathers_ahead.put(grad_x, ahead)

@@ -33,6 +33,7 @@ class Given:
     x: Tensor  # (B, S, D)
     grad: Tensor  # (B, S, D), of the output
     document_start: Tensor | None  # (B, T)
+    deferred: bool = False  # whether the backward left weight gradients for later, and so was cut into chunks
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -49,6 +50,7 @@ class LayerRecord:
         self._x: Tensor | None = None
         self._document_start: Tensor | None = None
         self._grad: Tensor | None = None
+        self._deferred = False
         self._prints: dict[int, Tensor] = {}  # by number of the weight
         self._output: Tensor | None = None
         self._grad_x: Tensor | None = None
@@ -67,7 +69,7 @@ class LayerRecord:
     def given(self) -> Given:
         """What the layer was given."""
         assert self._x is not None and self._grad is not None, "the layer has computed nothing"
-        return Given(self._x, self._grad, self._document_start)
+        return Given(self._x, self._grad, self._document_start, self._deferred)
 
     @property
     def results(self) -> Tensor:
@@ -86,7 +88,7 @@ class LayerRecord:
         x.register_hook(self._keep_grad_x)
 
     def _keep_grad(self, grad: Tensor) -> None:
-        self._grad = grad.detach().clone()
+        self._grad, self._deferred = grad.detach().clone(), self._weight_gradients.deferred
 
     def _keep_grad_x(self, grad: Tensor) -> None:
         self._grad_x = fingerprint(grad)
@@ -112,7 +114,7 @@ def replay(layer: DecoderLayer, context: LayerContext, given: Given) -> Tensor:
     with ExitStack() as during:
         if any(hasattr(p, "ds_id") for p in parameters):  # ZeRO-3
             during.enter_context(deepspeed.zero.GatheredParameters(parameters))
-        during.enter_context(_on_its_own(layer, context, add))
+        during.enter_context(_on_its_own(layer, context, add, given.deferred))
         during.enter_context(torch.enable_grad())
         x = given.x.detach().requires_grad_()
         # Its `forward`, not the module: hooks of ZeRO-3, of the pipeline's optimizer and of norms are for the step.
@@ -139,16 +141,19 @@ def exchange(given: Given, to: int, source: int) -> Given:
 
 @contextmanager
 def _on_its_own(
-    layer: DecoderLayer, context: LayerContext, added: Callable[[nn.Parameter, Tensor], None]
+    layer: DecoderLayer, context: LayerContext, added: Callable[[nn.Parameter, Tensor], None], in_chunks: bool
 ) -> Iterator[None]:
-    """Let a layer compute without its stage: no early collectives and recomputes, gradients into zeroed memory."""
+    """Let a layer compute without its stage: no early collectives and recomputes, gradients into zeroed memory.
+
+    `in_chunks`: whether its backward cuts tokens as that of a deferring schedule does.
+    """
     gradients = context.weight_gradients
     buffer_of = gradients.buffer_of
     changes: list[tuple[Any, dict[str, Any]]] = [
         (gradients, {"deferred": False, "observers": [added], "added": lambda parameter: None})
     ]
     if isinstance(layer, ManualBackwardLayer):
-        changes.append((layer, {"first": True, "recomputes_early": False}))
+        changes.append((layer, {"first": True, "recomputes_early": False, "cuts_backward": in_chunks}))
         if buffer_of is not None:
             matrices = [p for p in layer.parameters() if p.dim() > 1]
             scratch = dict(zip(map(id, matrices), _zeroed([buffer_of(p) for p in matrices]), strict=True))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_ds.model.chunked_products import cut
 from llama_ds.model.tensor_parallel import Pending
 from llama_ds.parallel.trace import Trace
 
@@ -65,13 +66,13 @@ class GroupTensorParallel:
         if not self.sequence_parallel:
             return lambda: x
         whole = x.new_empty(len(x) * self.size, x.shape[1]) if out is None else out
-        return _after_all(map(self._issue_gather, x.chunk(chunks), whole.chunk(chunks)), whole)
+        return _after_all(map(self._issue_gather, cut(x, chunks), cut(whole, chunks)), whole)
 
     def reduce_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
         if not self.sequence_parallel:
-            return _after_all(map(self._issue_sum, x.chunk(chunks)), x)
+            return _after_all(map(self._issue_sum, cut(x, chunks)), x)
         own = x.new_empty(len(x) // self.size, x.shape[1]) if out is None else out
-        return _after_all(map(self._issue_scatter_sum, x.chunk(chunks), own.chunk(chunks)), own)
+        return _after_all(map(self._issue_scatter_sum, cut(x, chunks), cut(own, chunks)), own)
 
     def start_sum(self, x: Tensor) -> Pending:
         return self._issue_sum(x) if self.sequence_parallel else lambda: x
@@ -128,6 +129,8 @@ class GroupTensorParallel:
 def _after_all(issued: Iterable[Pending], result: Tensor) -> Pending:
     """Issue all; the returned function waits for them and returns their common `result`."""
     pending = list(issued)
+    if len(pending) == 1:
+        return pending[0]
 
     def wait() -> Tensor:
         for one in pending:

@@ -227,6 +227,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "use 1, 2, 4 or 8"),
         ("parallel.sequence_parallel=true", "tiny.yaml: parallel.sequence_parallel = true shares rows over tp ranks "
          "and tp is 1; set it to false"),
+        ("parallel.tp_chunks=4", "tiny.yaml: parallel.tp_chunks = 4 overlaps the collectives of tp ranks and tp is 1; "
+         "set it to 1"),
         ("parallel.pp=5", "tiny.yaml: parallel.pp = 5 is more than model.num_hidden_layers = 4; use 4 or fewer"),
         ("parallel.partition=[2, 2]", "tiny.yaml: parallel.partition = [2, 2] has 2 entries, not pp = 1"),
         ("parallel.schedule=1f1", "tiny.yaml: parallel.schedule = '1f1' is not 1f1b, interleaved, zb_h1, dualpipe_v, "
@@ -352,6 +354,14 @@ def test_tp_need_not_divide_the_vocabulary(folder: Path) -> None:
 def test_sequence_parallel_needs_a_divisible_row(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.seq_len = 33 is not a multiple of parallel.tp = 2"):
         load("parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=33")
+
+
+def test_chunks_need_the_manual_backward_and_a_divisible_row(folder: Path) -> None:
+    cut = "parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=48", "parallel.tp_chunks=5"
+    with pytest.raises(UserError, match=r"tp_chunks = 5 does not divide the 24 tokens of a row .* has; use 1, 2"):
+        load(*cut)
+    with pytest.raises(UserError, match=r"tp_chunks = 4 needs compute.decoder_layer = manual_backward; set it to 1"):
+        load(*cut[:3], "parallel.tp_chunks=4", "compute.decoder_layer=autograd")
 
 
 def test_every_stage_needs_a_layer(folder: Path) -> None:

@@ -19,7 +19,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.communication import RankGroup, all_reduce, contention, half, message
+from llama_ds.perf.plan.communication import RankGroup, all_reduce, contention, exposed_by_chunks, half, message
 from llama_ds.perf.plan.compute import gemm
 from llama_ds.perf.plan.curves import ALL_REDUCE, Collective, Curves
 from llama_ds.perf.plan.estimate import Estimate, as_data, estimate, report
@@ -30,6 +30,7 @@ from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.rank_spread import expected_maximum, slowdown
 from llama_ds.perf.plan.search import search
 from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_times
+from llama_ds.perf.plan.tensor_chunks import best_chunks
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, simulate
 
@@ -186,6 +187,42 @@ def test_nothing_hides_the_gather_of_the_gradient_that_a_stage_receives() -> Non
     middle = stage_times(A100, base)[40]
     assert middle.input_backward.tensor == pytest.approx(layer.input_backward.tensor + layer.ahead)
     assert layer_time(A100, planned("parallel.schedule=zb_h1").step.job, "none").ahead < layer.ahead
+
+
+@pytest.mark.parametrize(
+    ("count", "times", "how", "exposed"),
+    [
+        (1, (3, 2, 1, 4), {}, 3),  # the product behind waits for sum and gather
+        (2, (3, 2, 1, 4), {}, 4),  # both gathers, of which nothing is between issue and wait, and the second sum
+        (3, (3, 2, 1, 4), {}, 0),
+        (4, (3, 2, 1, 4), {"early": True}, 0),
+        (4, (3, 2, 1, 4), {"early": False}, 0),
+        (4, (1, 2, 1, 6), {"early": True}, 4),  # three sums longer than the product beside them
+        (4, (1, 2, 1, 6), {"early": False}, 2),  # the first sum, and the first gather behind the second sum
+        (4, (3, 2, 1, 4), {"ends": True}, 2),  # the last sum; its gather has three products beside it
+        (4, (0, 0, 1, 4), {}, 1),  # the first gather of a layer
+        (4, (3, 2, 0, 0), {}, 2),  # the last sum of a layer
+        (4, (3, 5, 0, 0), {}, 4 * 5 - 3 * 3),  # the link takes longer than the products
+    ],
+)
+def test_chunks_hide_all_but_the_ends(
+    count: int, times: tuple[float, float, float, float], how: dict[str, bool], exposed: float
+) -> None:
+    """By hand, on the order that `tests/parallel/test_manual_backward_tp.py` records on real ranks."""
+    assert exposed_by_chunks(count, *times, **how) == exposed
+
+
+def test_chunks_are_planned_where_they_pay() -> None:
+    """With small micro-batches, cut products lose more than the overlap saves."""
+    cut = "parallel.tp=8", "parallel.pp=8", "parallel.schedule=zb_h1", "parallel.virtual_stages=1"
+    job = planned(*cut, "parallel.micro_batch=4").step.job
+    assert job.split_share > 0.5 and best_chunks(A100, job) == 4
+    assert best_chunks(A100, replace(job, micro_batch=1)) == 1
+    assert best_chunks(A100, replace(job, zero_stage=3)) == 1
+    whole, chunks = (layer_time(A100, replace(job, tp_chunks=n), "none") for n in (1, 4))
+    for before, after in ((whole.forward, chunks.forward), (whole.input_backward, chunks.input_backward)):
+        assert after.tensor < before.tensor and after.matrices > before.matrices
+        assert after.device < before.device < after.device + before.tensor
 
 
 def test_updates_before_their_norm_hold_states_twice_and_say_so() -> None:

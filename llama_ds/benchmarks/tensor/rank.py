@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama_ds.benchmarks.ranks import joined
 from llama_ds.benchmarks.tensor.run import PASSES, TensorRequest
@@ -18,7 +20,9 @@ from llama_ds.layout.layout import Layout
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.linear import ShardedLinear
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.model.products import PlainProducts, Stateless
 from llama_ds.model.rope import RotaryTables
 from llama_ds.parallel import world
 from llama_ds.parallel.grid import tensor_parallel
@@ -27,6 +31,26 @@ from llama_ds.parallel.trace import Trace
 WARMUP = 1  # untimed turns
 HEAD = 64
 _CPU = torch.device("cpu")
+
+
+class PacedProducts(Stateless):
+    """Products that take the time of a given rate without a processor, and return zeros."""
+
+    def __init__(self, gflops: float) -> None:
+        self._rate = gflops * 1e9
+
+    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+        return self._product(x, sum(len(layer.weight) for layer in layers), out)
+
+    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+        return self._product(grad, layers[0].weight.shape[1], out)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:  # type: ignore[override]
+        return self._product(grad.t(), x.shape[1], None)
+
+    def _product(self, x: Tensor, width: int, out: Tensor | None) -> Tensor:
+        time.sleep(2 * x.numel() * width / self._rate)
+        return x.new_zeros(len(x), width) if out is None else out.zero_()
 
 
 class Stack:
@@ -38,7 +62,9 @@ class Stack:
         tp = tensor_parallel(layout, True, self._trace, chunks)
         heads = request.hidden // HEAD
         model = ModelConfig(64, request.hidden, request.intermediate, request.layers, heads, heads, HEAD)
-        context = LayerContext(model, 7, tp, CausalAttention("sdpa"), RotaryTables(model, request.seq_len))
+        products = PlainProducts() if request.paced_gflops is None else PacedProducts(request.paced_gflops)
+        rotary = RotaryTables(model, request.seq_len)
+        context = LayerContext(model, 7, tp, CausalAttention("sdpa"), rotary, products=products)
         context.weight_gradients.deferred = request.deferred
         self._layers = [ManualBackwardLayer(context, i, first=i == 0) for i in range(request.layers)]
         self._stack = nn.Sequential(*self._layers)

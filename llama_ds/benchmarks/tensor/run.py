@@ -25,6 +25,7 @@ class TensorRequest:
     rows: int  # of a micro-batch
     seq_len: int
     chunks: list[int]  # values of parallel.tp_chunks, which take turns
+    paced_gflops: float | None  # rate at which products are imitated by sleeping, on a busy machine; None: multiply
     deferred: bool  # whether the backward leaves weight gradients for later, as schedules with a split backward do
     rate_mbit: float | None  # bandwidth of a link in each direction; None: loopback
     delay_ms: float
@@ -56,10 +57,14 @@ class TensorRequest:
 
 
 def measure(request: TensorRequest, folder: Path) -> dict[str, Any]:
-    """Return, for each number of chunks, medians over the turns of the slowest rank's seconds and the mean waits."""
+    """Time the layers on ranks, and return the `summary`."""
     module = "llama_ds.benchmarks.tensor.rank"
     start_ranks(module, request, folder, request.ranks, request.rate_mbit, request.delay_ms)
-    turns: dict[str, dict[str, list[float]]] = json.loads((folder / "times.json").read_text())
+    return summary(request, json.loads((folder / "times.json").read_text()))
+
+
+def summary(request: TensorRequest, turns: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Return, for each number of chunks, medians over the turns of the slowest rank's seconds and the mean waits."""
     whole = turns[str(request.chunks[0])]
     found: dict[str, Any] = {"settings": asdict(request), "cores": os.cpu_count(), "chunks": {}}
     for chunks, times in turns.items():
@@ -82,10 +87,11 @@ def table(found: dict[str, Any]) -> str:
     """Return the results as text."""
     of = found["settings"]
     rate = f"links of {of['rate_mbit']:g} Mbit/s and {of['delay_ms']:g} ms" if of["rate_mbit"] else "loopback"
+    paced = f"products that sleep at {of['paced_gflops']:g} GFLOP/s, " if of["paced_gflops"] else ""
     lines = [
         f"{of['layers']} decoder layers of hidden size {of['hidden']} on {of['ranks']} tensor-parallel ranks: "
         f"{of['rows']} x {of['seq_len']} tokens, fp32, weight gradients {'deferred' if of['deferred'] else 'at once'}, "
-        f"{rate}, {found['cores']} cores, median of {of['repeats']}"
+        f"{rate}, {paced}{found['cores']} cores, median of {of['repeats']}"
     ]
     for chunks, passes in found["chunks"].items():
         words = [

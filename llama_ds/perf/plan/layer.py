@@ -200,10 +200,10 @@ def _hidden(
     attention, output, mlp, down = products
     if backward:
         waits = exposed_by_chunks(chunks, mlp, reduce, gather, output)
-        waits += exposed_by_chunks(chunks, attention, reduce, gather, down if gather else 0.0, last_waits=True)
+        waits += exposed_by_chunks(chunks, attention, reduce, gather, down if gather else 0.0, ends=True)
     else:
         waits = exposed_by_chunks(chunks, 0.0, 0.0, gather, attention) if gather else 0.0
-        waits += exposed_by_chunks(chunks, output, reduce, gather, mlp)
+        waits += exposed_by_chunks(chunks, output, reduce, gather, mlp, early=False)
         waits += exposed_by_chunks(chunks, down, reduce, 0.0, 0.0)
     return (chunks * sum(sent) - waits) * (1 - contention(gpu, RankGroup(tp)))
 
