@@ -30,7 +30,7 @@ from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.rank_spread import expected_maximum, slowdown
 from llama_ds.perf.plan.search import search
 from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_times
-from llama_ds.perf.plan.tensor_chunks import best_chunks
+from llama_ds.perf.plan.tensor_chunks import best_chunks, with_chunks
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, simulate
 
@@ -219,6 +219,10 @@ def test_chunks_are_planned_where_they_pay() -> None:
     assert job.split_share > 0.5 and best_chunks(A100, job) == 4
     assert best_chunks(A100, replace(job, micro_batch=1)) == 1
     assert best_chunks(A100, replace(job, zero_stage=3)) == 1
+    run = planned("parallel.tp=8", "parallel.pp=8", "parallel.schedule=1f1b", "parallel.micro_batch=4").run
+    assert with_chunks(A100, run, job)[0].parallel.tp_chunks == 4
+    by_autograd = replace(run, compute=replace(run.compute, decoder_layer="autograd"))
+    assert with_chunks(A100, by_autograd, job) == (by_autograd, job), "its layers wait for each collective at once"
     whole, chunks = (layer_time(A100, replace(job, tp_chunks=n), "none") for n in (1, 4))
     for before, after in ((whole.forward, chunks.forward), (whole.input_backward, chunks.input_backward)):
         assert after.tensor < before.tensor and after.matrices > before.matrices

@@ -27,7 +27,7 @@ from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
-from llama_ds.perf.plan.tensor_chunks import best_chunks
+from llama_ds.perf.plan.tensor_chunks import with_chunks
 from llama_ds.schedules.schedule import DEFERRING
 
 MAX_MICRO_BATCH = 16
@@ -284,9 +284,7 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
             f"{words} ZeRO-{run.zero_stage} recompute {recompute}: {peak / GIB:.1f} of {gpu.memory_gib:g} GiB",
         )
         return None
-    job = job_of(run, layout, policies, gpu.dtype)
-    job = replace(job, tp_chunks=best_chunks(gpu, job))
-    run = replace(run, parallel=replace(run.parallel, tp_chunks=job.tp_chunks))
+    run, job = with_chunks(gpu, run, job_of(run, layout, policies, gpu.dtype))
     return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
 
 

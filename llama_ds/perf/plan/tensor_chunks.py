@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from llama_ds.config.rules import check
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, layers_by_policy
 from llama_ds.perf.plan.layer import layer_time
@@ -32,3 +35,14 @@ def best_chunks(gpu: Hardware, job: StepJob) -> int:
         return total
 
     return min([1, *(n for n in CHUNKS if tokens % n == 0)], key=seconds)
+
+
+def with_chunks(gpu: Hardware, run: RunConfig, job: StepJob) -> tuple[RunConfig, StepJob]:
+    """Return run and job with the best chunks that the trainer's rules allow them."""
+    chunks = best_chunks(gpu, job)
+    cut = replace(run, parallel=replace(run.parallel, tp_chunks=chunks))
+    try:
+        check(cut)
+    except UserError:  # layers by autograd, or a later stage's rows, which the chunks do not divide
+        return run, job
+    return cut, replace(job, tp_chunks=chunks)
