@@ -90,7 +90,7 @@ class Stack:
             for layer in self._layers:
                 layer.run_deferred_wgrad()
         events = json.loads((folder / RANK_FILE.format(self._rank)).read_text())["events"]
-        found = {}
+        found = dict[str, float]()
         for name in PASSES:
             ((begin, end),) = [span for what, *span, _, _, _ in events if what == name]
             waits = [to - at for what, at, to, *_ in events if what == "wait tp" and begin <= at <= end]
