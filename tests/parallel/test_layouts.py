@@ -82,7 +82,7 @@ SCHEDULES = [
 ]
 SCHEDULES_AND_OPTIONS = [
     Case(4, 1, 2, extra_warmup=1, **H1),
-    Case(4, 2, 1, sequence_parallel=True, tp_chunks=4, **H1),
+    Case(4, 2, 1, sequence_parallel=True, **H1),
     Case(2, 1, 1, layers=6, schedule="interleaved", virtual_stages=3, recompute="full"),
     Case(2, 1, 1, tied=True, document_mask=True, **H1),
     Case(2, 1, 2, tied=True, dtype="bf16", **H1),
@@ -133,7 +133,7 @@ CONTEXT_PARALLEL = [
     Case(2, 1, 1, micro_batch=4, schedule="deepspeed", **RING),
     Case(2, 2, 1, micro_batch=4, sequence_parallel=True, recompute="full", **RING),
     # two key-value heads on a rank, shared by four
-    Case(1, 2, 1, micro_batch=4, sequence_parallel=True, tp_chunks=4, cp=4, cp_method="all_to_all"),
+    Case(1, 2, 1, micro_batch=4, sequence_parallel=True, cp=4, cp_method="all_to_all"),
 ]  # fmt: skip
 # Factors of muP: four times the base's width, heads four times as large.
 MUP = [
