@@ -244,7 +244,8 @@ def case_what_a_run_says_of_its_device(cuda: FakeCuda, folder: Path) -> None:
     assert machines.machine_of(layout, DEVICE, ["a"], str(folder))["device"] == NAME
     small: Any = SimpleNamespace(run=run, dtype="bf16", marks=SimpleNamespace(begin=1))
     assert check._record(small, layout, DEVICE)["device"] == NAME
-    assert world.device_memory(DEVICE) == MEMORY and world.computes_bf16(DEVICE) and world.device() == DEVICE
+    assert world.device_memory(DEVICE) == world.device_size(DEVICE) == MEMORY
+    assert world.computes_bf16(DEVICE) and world.device() == DEVICE
     deepspeed_check.check_device("ds.json", {"zero_optimization": {"zero_quantized_weights": True}}, "cuda")
 
 

@@ -167,6 +167,11 @@ def device_memory(where: torch.device) -> int:
     return free // (first_number((*LOCAL_SIZES, "WORLD_SIZE"), 1) or 1)
 
 
+def device_size(where: torch.device) -> int:
+    """Return the bytes that no rank can exceed: the memory of a CUDA device, or all of the host's."""
+    return device_memory(where) if where.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def finish(where: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if where.type == "cuda":

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -25,6 +25,7 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.errors import Corruption, UserError
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.context_parallel import GroupContextParallel
@@ -48,6 +49,7 @@ from tests.parallel.layout_cases import (
     reference_model,
     step_batches,
 )
+from tests.parallel.step_memory import counted_matrices
 
 
 def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
@@ -74,7 +76,9 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
                 if case.muon:
                     engine.trace.start()
             checks.before_step(step + 1)
-            results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
+            last = case.muon and step == case.steps - 1
+            with counted_matrices(engine.deepspeed) if last else nullcontext() as ledger:
+                results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
             assert checks.lines() == [], "no step is suspicious"
             if not case.post_validation:  # reading settles the step
                 history.append(engine.read(results.pop()))
@@ -92,6 +96,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
     if case.muon:
         check_orthogonalised(case, engine.deepspeed, [norm for _, norm in history])
+        assert ledger is not None
+        check_memory(case, ledger.most_matrices, history[-1][1])
         if case.pp > 1 and case.schedule != "deepspeed":
             check_order(case, engine.trace, history[-2][1])
     batches = step_batches(case, engine.dp_rank, VALIDATION)
@@ -182,6 +188,19 @@ def check_orthogonalised(case: Case, engine: Any, norms: list[float]) -> None:
     if case.pp > 1 and case.schedule != "deepspeed":
         wrong = sum(before <= case.clip < norm for before, norm in pairwise(norms))
     assert [sum(column) for column in zip(*every, strict=True)] == [layer * case.steps, layer * wrong], every
+
+
+def check_memory(case: Case, counted: int, norm: float) -> None:
+    """Check that Muon's step held as many bytes as the plan says of the fullest rank of each stage, plus a few flags.
+
+    Where our pipeline did not clip, it held no clipped gradient, which the plan counts.
+    """
+    every = world.gather((case.layout.coords(torch.distributed.get_rank()).pp, counted))
+    element_bytes = DTYPES[case.dtype].itemsize
+    for position, held in enumerate(rank_memory(case.run, case.layout, element_bytes)):
+        most = max(size for stage, size in every if stage == position)
+        exact = case.pp == 1 or case.schedule == "deepspeed" or norm > case.clip
+        assert (0.7 if exact is False else 1) * held.matrices <= most <= held.matrices + 8, (most, held)
 
 
 def check_order(case: Case, trace: Trace, norm_before: float) -> None:

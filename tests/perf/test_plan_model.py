@@ -13,7 +13,7 @@ import pytest
 from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.run_file import load_run
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, ParallelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
@@ -28,6 +28,7 @@ from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import layer_time
 from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.rank_spread import expected_maximum, slowdown
+from llama_ds.perf.plan.relief import check_matrices
 from llama_ds.perf.plan.search import search
 from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_times
 from llama_ds.perf.plan.update import update_time
@@ -237,6 +238,46 @@ def test_muon_pays_for_whole_matrices() -> None:
     assert muon.step.seconds - adamw.step.seconds == pytest.approx(muon.step.optimizer - adamw.step.optimizer)
     assert muon.peak_bytes < adamw.peak_bytes
     assert "Newton-Schulz" in explain(muon) and "8 of hidden matrices" in explain(muon)
+
+
+def test_whole_matrices_are_planned_where_muon_holds_them() -> None:
+    """7B on one rank, in bf16: what is to be orthogonalised, the results, and temporaries of the last matrix.
+
+    `tests/parallel/layout_worker.py` counts the bytes of real steps.
+    """
+    options = ("parallel={micro_batch: 1, recompute: full}", "training.global_batch=64", "optimizer.name=muon")
+    one = planned(*options, size="7b", gpus=1)
+    elements, (held,) = 32 * (4 * 4096**2 + 3 * 4096 * 11008), one.memory
+    last = 3 * 4096 * 11008 + 4096**2  # four (n, m), one of which will be its result, and one (n, n)
+    assert held.matrices == 2 * (2 * elements + last)
+    assert held.total == held.kept + held.matrices > held.kept + held.activations + held.working
+    assert "DOES NOT FIT" in report(one) and "matrices" in report(one) and "whole matrices" in explain(one)
+    shared = planned(*options, size="7b", gpus=8)
+    assert shared.memory[0].matrices < held.matrices / 4
+    smaller = load_run(str(REPO / "ds_configs/llama_7b.yaml"), [*options, "model.num_hidden_layers=24"])
+    found = search(replace(smaller, parallel=ParallelConfig()), 1, A100)
+    assert "whole matrices of Muon do not fit" in found.rejected and found.best[0].fits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gib", "words"),
+    [
+        ("", 45, "stage 0 .* 48.58 GiB .* 45.00 GiB; use .*stage=2, planned to need .* less$"),
+        ("pp: 2", 26, "stage 1 .*; use parallel.tp=2 parallel.sequence_parallel=true, planned to need .* less$"),
+        ("pp: 2", 10, "less, which alone is not enough: use more ranks or larger devices too$"),
+        ("pp: 4, tp: 2, sequence_parallel: true", 2, "use more ranks or larger devices$"),
+    ],
+)
+def test_stages_that_cannot_hold_whole_matrices_are_refused(sizes: str, gib: int, words: str) -> None:
+    options = [f"parallel={{micro_batch: 1, recompute: full, {sizes}}}", "training.global_batch=64"]
+    run = load_run(str(REPO / "ds_configs/llama_7b.yaml"), [*options, "optimizer.name=muon"])
+    layout = resolve_layout(run, 8)
+    with pytest.raises(UserError, match=f"^.*optimizer.name = muon: .*{words}"):
+        check_matrices(run, layout, 2, gib * 2**30)
+    check_matrices(run, layout, 2, 80 * 2**30)
+    check_matrices(
+        replace(run, optimizer=replace(run.optimizer, name="adamw")), layout, 2, 1
+    )  # out_of_memory.py speaks
 
 
 def test_memory_agrees_with_the_trainers_own_model() -> None:

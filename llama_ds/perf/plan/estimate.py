@@ -172,6 +172,7 @@ def report(found: Estimate) -> str:
     """Return the estimate as text."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
     sharing, likely = sharing_costs(found.gpu, step), likely_speed(found.gpu, step)
+    muon = found.run.optimizer.name == "muon"
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
@@ -192,16 +193,16 @@ def report(found: Estimate) -> str:
         *([f"  attention      {_attention_words(found)}"] if found.run.data.document_mask else []),
         "",
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
-        f"{'working':>8} {'margin':>7} {'GiB':>7}",
+        f"{'working':>8} {'margin':>7} {'matrices ' * muon}{'GiB':>7}",
     ]
     placement = step.job.placement
     for rank, held in enumerate(found.memory):
         own = [step.job.stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
         counts = layers_by_policy(own)
         words = ", ".join(f"{number} {policy}" for policy, number in counts.items())
-        parts = (held.weights, held.gradients, held.optimizer, held.activations, held.working, held.margin, held.total)
-        numbers = " ".join(
-            f"{value / GIB:{width}.1f}" for value, width in zip(parts, (8, 7, 7, 7, 8, 7, 7), strict=True)
-        )
+        parts = [held.weights, held.gradients, held.optimizer, held.activations, held.working, held.margin]
+        parts += [*((held.matrices,) * muon), held.total]
+        widths = (8, 7, 7, 7, 8, 7, *((8,) * muon), 7)
+        numbers = " ".join(f"{value / GIB:{width}.1f}" for value, width in zip(parts, widths, strict=True))
         lines.append(f"  {rank:>4} {sum(counts.values()):>7} {words:24} {numbers}")
     return "\n".join(lines)

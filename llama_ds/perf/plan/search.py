@@ -279,12 +279,17 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
     if peak > gpu.memory_bytes:
         _reject(
             rejected,
-            "does not fit",
+            "whole matrices of Muon do not fit" if _lacks_matrices(memory, gpu) else "does not fit",
             f"{words} ZeRO-{run.zero_stage} recompute {recompute}: {peak / GIB:.1f} of {gpu.memory_gib:g} GiB",
         )
         return None
     job = job_of(run, layout, policies, gpu.dtype)
     return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
+
+
+def _lacks_matrices(memory: tuple[Memory, ...], gpu: Hardware) -> bool:
+    """Return whether a layout would fit but for the matrices of Muon's step."""
+    return all(rank.kept + rank.activations + rank.working <= gpu.memory_bytes for rank in memory)
 
 
 @lru_cache(maxsize=1000)

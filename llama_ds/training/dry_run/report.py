@@ -37,7 +37,9 @@ class RankReport:
     parameters_sharded: int  # elements of this rank's tensor-parallel shards
     parameters_replicated: int  # elements replicated on all tensor-parallel ranks
     memory: dict[str, int]
+    matrices: int  # most bytes that Muon's step allocated
     planned: dict[str, int]  # predicted by layout/rank_memory.py and layout/recompute.py
+    planned_matrices: int  # of the fullest rank of the stage
     groups: list[ProcessGroup]
     building: list[IssuedCall]  # while the engine was built
     step: list[IssuedCall]
