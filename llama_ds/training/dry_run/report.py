@@ -37,9 +37,7 @@ class RankReport:
     parameters_sharded: int  # elements of this rank's tensor-parallel shards
     parameters_replicated: int  # elements replicated on all tensor-parallel ranks
     memory: dict[str, int]
-    matrices: int  # most bytes that Muon's step allocated
     planned: dict[str, int]  # predicted by layout/rank_memory.py and layout/recompute.py
-    planned_matrices: int  # of the fullest rank of the stage
     groups: list[ProcessGroup]
     building: list[IssuedCall]  # while the engine was built
     step: list[IssuedCall]
@@ -47,6 +45,8 @@ class RankReport:
     micro_batches: int  # number of micro-batches read in the step
     engine_batch: tuple[int, int, int]  # global batch, accumulation and dp as DeepSpeed's engine has them
     reads_data: bool
+    matrices: int = 0  # most bytes that Muon's step allocated
+    planned_matrices: int = 0  # on the fullest rank of the stage
     seconds: float = 0.0
     host_bytes: int = 0  # peak resident memory of the process that ran the rank
 
