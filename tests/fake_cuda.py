@@ -98,6 +98,7 @@ class FakeCuda(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.log: list[str] = []
+        self.devices = 1
         self.ended = False
         self.races: list[str] = []  # early releases: no operator can raise them
         self.operators: set[str] = set()
@@ -234,12 +235,12 @@ def _guard_of_devices() -> Iterator[None]:
 
 
 def _torch_cuda(cuda: FakeCuda) -> dict[str, Any]:
-    properties = SimpleNamespace(name=NAME, total_memory=MEMORY)
+    properties = SimpleNamespace(name=NAME, total_memory=MEMORY, uuid="fake")
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "current_device": lambda: 0,
-        "device_count": lambda: 1,
+        "device_count": lambda: cuda.devices,
         "set_device": lambda device: cuda.log.append(f"device {device}"),
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: CAPABILITY,

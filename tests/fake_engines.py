@@ -65,9 +65,10 @@ def called(cuda: FakeCuda, request: dict[str, Any], rank: int, size: int) -> dic
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ["LOCAL_RANK"] = "0"  # every rank has the one device
-    with fake_cuda() as cuda, fake_ranks(cuda, size, rank), deepspeed_on_fake_cuda():
+    with fake_cuda() as cuda, deepspeed_on_fake_cuda():
         for request in json.loads(sys.argv[1]):
-            print(json.dumps(called(cuda, request, rank, size)), flush=True)
+            with mock.patch.dict(os.environ, request.get("environment", {})), fake_ranks(cuda, size, rank):
+                print(json.dumps(called(cuda, request, rank, size)), flush=True)
         # DeepSpeed's own streams wait before they use memory anew, which is not seen when it is released.
         cuda.races.clear()
 

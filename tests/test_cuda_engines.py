@@ -12,23 +12,32 @@ from functools import cache
 
 import pytest
 
+from llama_ds.job.devices import BACKEND
 from tests import warm
 from tests.test_cuda_branches import RUN_FILE, SMALL
 
 FLASH = {"_flash_attention_forward", "_flash_attention_backward", "_fused_adamw_"}
 FP8 = ("model.intermediate_size=64", "compute.fp8=delayed", "compute.fp8_weight_gradients=true")
 # Ranks, overrides, and what a step calls beside `FLASH`.
+ZB_V = (
+    *("parallel.pp=2", "parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.post_validation=true"),
+    "model.num_hidden_layers=4",
+)
+GLOO = {BACKEND: "gloo"}  # ranks that share a device
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "zero1": (1, ("deepspeed=zero1_bf16.json",), {"all_reduce"}),
     "zero2": (1, ("deepspeed=zero2_bf16.json",), set()),
     "zero3": (1, ("deepspeed=zero3_bf16.json",), {"all_gather"}),
     "float8": (1, ("deepspeed=zero1_bf16.json", *FP8), {"_scaled_mm"}),
-    "pipeline": (2, ("parallel.pp=2", "parallel.schedule=zb_h1", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
+    "pipeline": (2, (*ZB_V, "deepspeed=zero1_bf16.json"), {"send", "receive"}),
     "tensor parallel": (
         *(2, ("parallel.tp=2", "parallel.sequence_parallel=true", "deepspeed=zero1_bf16.json")),
         {"all_gather", "reduce_scatter"},
     ),
     "ring": (2, ("parallel.cp=2", "parallel.cp_method=ring", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
+    "pipeline on one device": (
+        *(2, ("parallel.pp=2", "parallel.schedule=zb_h1", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
+    ),
 }
 
 
@@ -37,7 +46,9 @@ def steps_of(ranks: int) -> dict[str, list[set[str]]]:
     """Return what the steps of each layout of that many ranks have called on each rank."""
     names = [name for name, (size, *_) in LAYOUTS.items() if size == ranks]
     requests = [
-        {"run": RUN_FILE, "rounds": 1, "steps": 1 + (name == "float8")}  # its second step has a history
+        # The second step of float8 has a history, and that of the pipeline begins before the norm of the first.
+        {"run": RUN_FILE, "rounds": 1, "steps": 1 + (name in ("float8", "pipeline"))}
+        | {"environment": GLOO if name.endswith("one device") else {}}
         | {"layouts": [[*SMALL, "training.global_batch=4", "compute.self_test=off", *LAYOUTS[name][1]]]}
         for name in names
     ]

@@ -16,11 +16,11 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.parallel import messages
 from llama_ds.parallel.fingerprints import combined, fingerprint
 
 RESULTS = ("output", "gradient of the input", "weight gradients")  # in the order of their fingerprints
@@ -129,10 +129,9 @@ def exchange(given: Given, to: int, source: int) -> Given:
     """Send what this rank's layer was given to rank `to`; return what that of rank `source` was. Collective."""
     sent = given.tensors
     received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in sent]
-    calls = [dist.P2POp(dist.isend, tensor.contiguous(), to) for tensor in sent]
-    calls += [dist.P2POp(dist.irecv, tensor, source) for tensor in received]
-    for work in dist.batch_isend_irecv(calls):
-        work.wait()
+    outgoing = [(tensor.contiguous(), to) for tensor in sent]
+    for handle in messages.exchange([(tensor, source) for tensor in received], outgoing, None):
+        handle.wait()
     x, grad, *rest = received
     return replace(given, x=x, grad=grad, document_start=rest[0] if rest else None)
 

@@ -7,12 +7,13 @@ what a step does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -36,6 +37,20 @@ Batches = Iterator[tuple[Ids, Tensor]]  # ids and labels of this rank's tokens
 Key = tuple[int, int]  # chunk, micro-batch
 
 
+@contextmanager
+def _unconnected() -> Iterator[None]:
+    """Keep DeepSpeed's engine from sending its first messages: ours has groups of its own.
+
+    NCCL would keep a communicator of each pair of ranks for them, and gloo cannot send them from a GPU.
+    """
+    before = p2p.send, p2p.recv
+    p2p.send = p2p.recv = lambda tensor, stage: None
+    try:
+        yield
+    finally:
+        p2p.send, p2p.recv = before
+
+
 class LlamaPipelineEngine(PipelineEngine):
     """The engine of one pipeline rank."""
 
@@ -57,14 +72,15 @@ class LlamaPipelineEngine(PipelineEngine):
         self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
-        super().__init__(
-            args=None,
-            model=module,
-            optimizer=optimizer,
-            config=config,
-            config_class=DeepSpeedConfig(config, grid),
-            mpu=grid,
-        )
+        with _unconnected():
+            super().__init__(
+                args=None,
+                model=module,
+                optimizer=optimizer,
+                config=config,
+                config_class=DeepSpeedConfig(config, grid),
+                mpu=grid,
+            )
         place = schedule.placement
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]

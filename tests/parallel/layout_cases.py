@@ -83,6 +83,7 @@ class Case:
     post_validation: bool = False
     fp8: str = "off"
     fp8_weight_gradients: bool = False
+    through_host: bool = False  # messages, as between ranks that share a GPU
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
