@@ -60,6 +60,16 @@ class LayerContext:
         with no_sequence_parallel(self.tp), rows_of_its_own(self.cp):
             yield
 
+    @contextmanager
+    def products_of_the_run(self) -> Iterator[None]:
+        """Let layers multiply in the dtype of the run inside, whatever `compute.fp8` says of training."""
+        before = self.products
+        vars(self)["products"] = PlainProducts()
+        try:
+            yield
+        finally:
+            vars(self)["products"] = before
+
     def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
         """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.
 
