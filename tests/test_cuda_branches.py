@@ -26,7 +26,9 @@ from torch import Tensor
 
 from llama_ds.benchmarks import against_transformers
 from llama_ds.benchmarks.layer import LayerContestant
+from llama_ds.benchmarks.machine import layouts
 from llama_ds.benchmarks.machine import rank as machine_rank
+from llama_ds.benchmarks.machine.check import memory_beside_plan
 from llama_ds.benchmarks.report import layer_results
 from llama_ds.checkpoint.snapshot import HostMemory
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, cp_sizes
@@ -400,6 +402,17 @@ def case_machine_gemm(cuda: FakeCuda, folder: Path) -> None:
     ):
         found = machine_rank.measure_computing(request, world.RankInfo(0, 1, 0), DEVICE)
     assert found["device"] == NAME and found["dtype"] == "bf16" and not found["host_computes"]
+
+
+def case_memory_beside_the_plan(cuda: FakeCuda, folder: Path) -> None:
+    """Of 6 MiB in use the allocator has 4, of which tensors had 3."""
+    layouts.forget_memory(DEVICE)
+    assert cuda.log == ["cache emptied", "peak reset"]
+    plan: Any = SimpleNamespace(memory=[SimpleNamespace(total=9.0, margin=2.0), SimpleNamespace(total=8.0, margin=3.0)])
+    found = memory_beside_plan(plan, layouts.measured_memory(DEVICE))
+    mib = 1 << 20
+    assert found == {"planned": 7.0, "planned_margin": 2.0, "measured": 3 * mib, "fragments": mib, "outside": 2 * mib,
+                     "margin_share": 3 * mib / MEMORY}  # fmt: skip
 
 
 def case_machine_comm(cuda: FakeCuda, folder: Path) -> None:

@@ -31,12 +31,13 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "float8": (1, ("deepspeed=zero1_bf16.json", *FP8), {"_scaled_mm"}),
     "pipeline": (2, (*ZB_V, "deepspeed=zero1_bf16.json"), {"send", "receive"}),
     "tensor parallel": (
-        *(2, ("parallel.tp=2", "parallel.sequence_parallel=true", "deepspeed=zero1_bf16.json")),
-        {"all_gather", "reduce_scatter"},
+        *(2, ("parallel.tp=2", "parallel.sequence_parallel=true", "deepspeed=zero1_bf16.json", "optimizer.name=muon")),
+        {"all_gather", "reduce_scatter", "all_to_all"},
     ),
     "ring": (2, ("parallel.cp=2", "parallel.cp_method=ring", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
     "pipeline on one device": (
-        *(2, ("parallel.pp=2", "parallel.schedule=zb_h1", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
+        *(2, ("parallel.pp=2", "parallel.schedule=zb_h1", "deepspeed=zero1_bf16.json", "optimizer.name=muon")),
+        {"send", "receive"},
     ),
 }
 
