@@ -11,6 +11,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 
@@ -128,6 +129,15 @@ def test_steps_are_named_once_and_come_after_what_they_need(gpu: ModuleType, tmp
         ]
         assert all((REPO / word).exists() for word in words)
         check_options(list(step.command))
+
+
+def test_all_steps_are_known_where_there_is_time_for_none(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.dict("os.environ"):
+        assert gpu.main([str(tmp_path), "all", "--seconds", "0", "--data", str(tmp_path)]) == 0
+    every = ", ".join(step.name for step in gpu.steps("python", tmp_path, tmp_path))
+    assert f"not reached: {every}; the next call" in capsys.readouterr().out
 
 
 def check_options(command: list[str]) -> None:
