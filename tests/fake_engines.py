@@ -57,7 +57,7 @@ def called(cuda: FakeCuda, request: dict[str, Any], rank: int, size: int) -> dic
     begin = len(cuda.log)
     cuda.operators.clear()
     found = layouts.measure(request, world.RankInfo(rank, size, 0), DEVICE)["layouts"][0]
-    assert len(found["seconds"]) == request["steps"] and found["memory"]["allocated"]
+    assert len(found["seconds"]) == request["steps"] and "allocated" in found["memory"]
     groups = {line.partition(" on group")[0] for line in cuda.log[begin:] if " on group" in line}
     return {"rank": rank, "called": sorted(cuda.operators | groups)}
 
