@@ -28,7 +28,9 @@ class Handle(Protocol):
 
 def send(tensor: Tensor, to: int, group: Group) -> Handle:
     """Start sending `tensor`, which must not change until the handle has been waited for."""
-    return dist.isend(tensor.cpu() if _through_host(tensor, group) else tensor, to, group=group)
+    work = dist.isend(tensor.cpu() if _through_host(tensor, group) else tensor, to, group=group)
+    assert work is not None  # for a rank that is not in the group
+    return work
 
 
 def receive(buffer: Tensor, source: int, group: Group) -> Handle:
@@ -36,7 +38,7 @@ def receive(buffer: Tensor, source: int, group: Group) -> Handle:
     return _StagedReceive(buffer, source, group) if _through_host(buffer, group) else _posted(buffer, source, group)
 
 
-def exchange(received: Sequence[Message], sent: Sequence[Message], group: Group) -> list[Handle]:
+def exchange(received: Sequence[Message], sent: Sequence[Message], group: Group) -> Sequence[Handle]:
     """Start messages of which each may need another one of them to be under way; return their handles.
 
     NCCL gets them as one batch: it would run a send before the receive that it waits for, and so would its neighbours.
@@ -53,7 +55,9 @@ def _through_host(tensor: Tensor, group: Group) -> bool:
 
 
 def _posted(buffer: Tensor, source: int, group: Group) -> Handle:
-    return dist.irecv(buffer, source, group=group)
+    work = dist.irecv(buffer, source, group=group)
+    assert work is not None  # for a rank that is not in the group
+    return work
 
 
 class _StagedReceive:
