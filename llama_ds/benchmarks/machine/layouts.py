@@ -80,5 +80,10 @@ def measured_memory(device: torch.device) -> dict[str, float] | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
-    peaks = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), outside, total]
+    peaks: list[float] = [
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.max_memory_reserved(device),
+        outside,
+        total,
+    ]
     return dict(zip(("allocated", "reserved", "outside", "device"), world.maximum(peaks, device), strict=True))
