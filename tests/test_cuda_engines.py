@@ -18,12 +18,12 @@ from tests.test_cuda_branches import RUN_FILE, SMALL
 
 FLASH = {"_flash_attention_forward", "_flash_attention_backward", "_fused_adamw_"}
 FP8 = ("model.intermediate_size=64", "compute.fp8=delayed", "compute.fp8_weight_gradients=true")
-# Ranks, overrides, and what a step calls beside `FLASH`.
 ZB_V = (
     *("parallel.pp=2", "parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.post_validation=true"),
     "model.num_hidden_layers=4",
 )
 GLOO = {BACKEND: "gloo"}  # ranks that share a device
+# Ranks, overrides, and what a step calls beside `FLASH`.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "zero1": (1, ("deepspeed=zero1_bf16.json",), {"all_reduce"}),
     "zero2": (1, ("deepspeed=zero2_bf16.json",), set()),
