@@ -171,6 +171,12 @@ def _check_autograd_layer(run: RunConfig) -> None:
     parallel = run.parallel
     if run.compute.decoder_layer != "autograd":
         return
+    if parallel.joint_weight_gradients > 1:
+        raise _error(
+            run,
+            f"parallel.joint_weight_gradients = {parallel.joint_weight_gradients} defers weight gradients, which "
+            "compute.decoder_layer = autograd cannot; use manual_backward, or 1",
+        )
     if parallel.pp > 1 and parallel.schedule in DEFERRING:
         raise _error(
             run,

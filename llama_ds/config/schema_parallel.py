@@ -138,5 +138,18 @@ class ParallelConfig(Section):
         ),
     ] = False
 
+    joint_weight_gradients: Annotated[
+        int,
+        Key(
+            "Micro-batches of a stage whose weight gradients are one product, which is added to the fp32 buffers once. "
+            "Above 1 every backward is split, and a rank holds the inputs of so many micro-batches' weight gradients. "
+            "Matrices for which copying these side by side moves more bytes than it saves are multiplied one by one.",
+            "micro-batches",
+            POSITIVE,
+            rule="Above 1 for pp > 1 with `compute.decoder_layer: manual_backward`, not for schedule deepspeed.",
+            most=64,
+        ),
+    ] = 1
+
     def check(self) -> None:
         check_parallel(self)

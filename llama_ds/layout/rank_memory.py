@@ -2,10 +2,10 @@
 
 With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this rank's ZeRO-1 shard of the optimizer
 states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5);
-`optimizer_states.py` has those of other optimizers and dtypes. Working memory is the larger of one layer's activations
-and their gradients, and the head's chunk of logits with its fp32 gradient; the buffers of pipeline messages come on
-top, and 2 bytes for each element of the decoder layers' matrices where these stay in float8 through a step, once along
-each dimension.
+`optimizer_states.py` has those of other optimizers and dtypes. Working memory is the largest of one layer's activations
+and their gradients, the head's chunk of logits with its fp32 gradient, and the factors of a weight gradient that is
+computed for several micro-batches at once. The buffers of pipeline messages come on top, and 2 bytes for each element
+of the decoder layers' matrices where these stay in float8 through a step, once along each dimension.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         by_role = sum((parameters[stage] for stage in own), Counter())
         held = by_role.total()
         has_head = placement.stages - 1 in own
-        working = max(2 * work.saved_bytes("none"), head if has_head else 0)
+        working = max(2 * work.saved_bytes("none"), head if has_head else 0, work.joint_factor_bytes(schedule.joint))
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
         copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0

@@ -100,9 +100,9 @@ class ManualBackwardLayer(DecoderLayer):
         for modules in (self.wide_attention, self.wide_mlp):
             lay_together([m.weight for m in modules])
 
-    def run_deferred_wgrad(self) -> None:
-        """Compute the matrices' gradients of the oldest deferred micro-batch (`WeightGradients.deferred`)."""
-        self.weight_grads.run_oldest()
+    def run_deferred_wgrad(self, micro_batches: int = 1) -> None:
+        """Compute the matrices' gradients of the oldest deferred micro-batches (`WeightGradients.deferred`)."""
+        self.weight_grads.run_oldest(micro_batches)
 
     @torch.no_grad()
     def recompute_oldest(self) -> None:

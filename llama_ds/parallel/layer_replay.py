@@ -91,7 +91,8 @@ class LayerRecord:
     def _keep_grad_x(self, grad: Tensor) -> None:
         self._grad_x = fingerprint(grad)
 
-    def _add(self, weight: nn.Parameter, gradient: Tensor | None) -> None:  # None: an observer gets it later
+    def _add(self, weight: nn.Parameter, gradient: Tensor | None, micro_batches: int = 1) -> None:
+        # gradient is None: an observer gets it later
         number = self._index.get(id(weight))
         if gradient is not None and number is not None and number not in self._prints:
             self._prints[number] = fingerprint(gradient)
@@ -106,7 +107,7 @@ def replay(layer: DecoderLayer, context: LayerContext, given: Given) -> Tensor:
     index = {id(p): i for i, p in enumerate(parameters)}
     prints: dict[int, Tensor] = {}
 
-    def add(weight: nn.Parameter, gradient: Tensor) -> None:
+    def add(weight: nn.Parameter, gradient: Tensor, micro_batches: int = 1) -> None:
         prints[index[id(weight)]] = fingerprint(gradient)
 
     with ExitStack() as during:
@@ -139,7 +140,7 @@ def exchange(given: Given, to: int, source: int) -> Given:
 
 @contextmanager
 def _on_its_own(
-    layer: DecoderLayer, context: LayerContext, added: Callable[[nn.Parameter, Tensor], None]
+    layer: DecoderLayer, context: LayerContext, added: Callable[[nn.Parameter, Tensor, int], None]
 ) -> Iterator[None]:
     """Let a layer compute without its stage: no early collectives and recomputes, gradients into zeroed memory."""
     gradients = context.weight_gradients

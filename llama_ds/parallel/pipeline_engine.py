@@ -28,6 +28,7 @@ from llama_ds.parallel.trace import Trace
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.communication import Message, message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
+from llama_ds.schedules.joint_weights import joint_counts
 from llama_ds.schedules.leading import leading_forwards
 from llama_ds.schedules.schedule import Schedule
 
@@ -49,10 +50,12 @@ class LlamaPipelineEngine(PipelineEngine):
         optimizer: torch.optim.Optimizer | None,
         config: dict[str, Any],
         trace: Trace,
+        first_apart: bool = False,
     ) -> None:
         """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective.
 
-        Without an optimizer the engine cannot train.
+        Without an optimizer the engine cannot train. `first_apart`: weight gradients of a step's first micro-batch are
+        not computed together with others.
         """
         self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
@@ -69,6 +72,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
         self._instructions = lists[self.stage_id]
+        self._weight_counts = joint_counts(self._instructions, schedule.joint, first_apart)
         self._leading = leading_forwards(lists, place)[self.stage_id]
         self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
@@ -296,12 +300,15 @@ class LlamaPipelineEngine(PipelineEngine):
             self._deliver(step, [x.grad])
 
     def _weight_backward(self, step: Instruction) -> None:
-        begin = self._trace.now()
+        count = self._weight_counts[step]  # 0: a later micro-batch's instruction computes them
+        layers = self._manual_layers[step.chunk][::-1]
         self.optimizer.final = step.micro_batch == self.micro_batches - 1
-        for layer in reversed(self._manual_layers[step.chunk]):
-            layer.run_deferred_wgrad()
+        for i in range(count):  # a trace shows every micro-batch with its share of the layers
+            begin = self._trace.now()
+            for layer in layers[len(layers) * i // count : len(layers) * (i + 1) // count]:
+                layer.run_deferred_wgrad(count)
+            self._record("W", begin, step._replace(micro_batch=step.micro_batch - count + 1 + i))
         self.optimizer.final = False
-        self._record("W", begin, step)
 
     def _receive(self, step: Instruction, kind: str) -> list[Tensor]:
         key = kind, step.chunk, step.micro_batch

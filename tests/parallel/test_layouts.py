@@ -82,6 +82,7 @@ SCHEDULES = [
 ]
 SCHEDULES_AND_OPTIONS = [
     Case(4, 1, 2, extra_warmup=1, **H1),
+    Case(2, 2, 1, joint_weight_gradients=2, sequence_parallel=True, tied=True, **ZB_V),
     Case(4, 2, 1, sequence_parallel=True, **H1),
     Case(2, 1, 1, layers=6, schedule="interleaved", virtual_stages=3, recompute="full"),
     Case(2, 1, 1, tied=True, document_mask=True, **H1),
@@ -141,7 +142,7 @@ MUP = [
     Case(1, 2, 1, zero=0, tied=True, micro_batch=4, sequence_parallel=True, recompute="full"),
     Case(2, 1, 1, neighbour=True, muon="moonlight", **STOCK),
     Case(2, 1, 1, tied=True, z_loss=1e-3, **H1),
-    Case(2, 1, 2, dtype="bf16", **V),
+    Case(2, 1, 2, dtype="bf16", joint_weight_gradients=2, **V),
 ]
 # Updates before the norm. The norms of the first steps are 2.25, 2.31, 2.47, 1.66 and 1.81, with eight layers 3.35,
 # 3.06, 3.13, 2.53 and 3.05. The second update (clip 2.3), or the third (clip 3.1), is undone; with 100 all from the
@@ -161,7 +162,7 @@ CURRENT = [
 ]
 DELAYED = [
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, fp8_weight_gradients=True),
-    Case(2, 2, 1, micro_batch=2, fp8_weight_gradients=True, **H1),
+    Case(2, 2, 1, micro_batch=2, fp8_weight_gradients=True, joint_weight_gradients=2, **H1),
     Case(2, 1, 1, dtype="bf16", micro_batch=2, **V),
     Case(2, 1, 1, micro_batch=4, **STOCK),
 ]

@@ -131,6 +131,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "extra_warmup": parallel.extra_warmup,
         "pass_times": parallel.pass_times,
         "post_validation": parallel.post_validation,
+        "joint_weight_gradients": parallel.joint_weight_gradients,
         "zero_stage": found.run.zero_stage,
         "recompute": [dict(counts) for counts in step.job.stages],
         "step_s": step.seconds,
@@ -177,6 +178,7 @@ def report(found: Estimate) -> str:
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
         f"{f' with {parallel.virtual_stages} stages a rank' if parallel.virtual_stages > 1 else ''}"
         f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}"
+        f"{f', {joint} weight gradients at a time' if (joint := parallel.joint_weight_gradients) > 1 else ''}"
         f"{', steps begin before the norm' if parallel.post_validation else ''}, ZeRO-{found.run.zero_stage}",
         f"  batch          {layout.global_batch:,} rows of {found.run.data.seq_len:,} = dp {layout.dp} x micro-batch "
         f"{layout.micro_batch} x {layout.accumulation} micro-batches",

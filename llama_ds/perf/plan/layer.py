@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from llama_ds.layout.joint_products import copied_bytes, multiplied_jointly
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.layout.planned_documents import PlannedRows
 from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, layer_sum, reduce_scatter
@@ -53,14 +54,17 @@ class LayerTime:
     ahead: float = 0.0  # hidden in the backward by the layer above, which a stage's last layer does not have
 
 
-def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
-    """Return the time of a decoder layer under a save policy."""
+def layer_time(gpu: Hardware, job: StepJob, policy: str, joint_share: float = 0.0) -> LayerTime:
+    """Return the time of a decoder layer under a save policy.
+
+    `joint_share` of its micro-batches compute their weight gradients `job.joint` at a time.
+    """
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     sizes = job.micro_batch, job.seq_len, job.tp
     rest = job.sequence_parallel, policy, job.sharing, job.split_share, job.attended
     fp8 = job.fp8, job.fp8_weight_gradients, job.fp8_weight_uses
-    return _layer(gpu, job.program, shape, *sizes, *rest, fp8)
+    return _layer(gpu, job.program, shape, *sizes, *rest, fp8, (job.joint, joint_share))
 
 
 @lru_cache(maxsize=100_000)
@@ -77,6 +81,7 @@ def _layer(
     split_share: float,
     documents: PlannedRows,
     fp8: tuple[str, bool, int],
+    joint: tuple[int, float],
 ) -> LayerTime:
     hidden, inner, heads, kv_heads, head_dim = shape
     tokens = rows * seq_len // sharing.size
@@ -156,14 +161,32 @@ def _layer(
         shared.exposed[1],
     )
     backward += quantising[1]
-    numbers = sum(k * n for k, n in products)
-    weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
+    weights = _weight_gradients(gpu, program, tokens, products, in_fp8, 1) * (1 - joint[1])
+    if joint[1]:
+        weights += _weight_gradients(gpu, program, tokens, products, in_fp8, joint[0]) * joint[1]
     weights += quantising[2]
     recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
     if policy == OP:  # every second product of q, k, v, o, gate, up and down is repeated: k, o, up
         key, output, up = keys / (queries + 2 * keys) * forward_gemm[0], forward_gemm[1], forward_gemm[2] / 2
         recompute = Parts(key + output + up, 0.0, forward.pointwise, host=forward.host)
     return LayerTime(forward, recompute, backward, weights, hidden_ahead)
+
+
+def _weight_gradients(
+    gpu: Hardware, program: Program, tokens: int, products: Sequence[tuple[int, int]], in_fp8: bool, joint: int
+) -> Parts:
+    """Return the products of the weight gradients and their accumulation, a micro-batch's part of `joint` of them."""
+    total = Parts()
+    for inputs, outputs in products:
+        size, at_once = tokens, 1
+        if joint > 1 and multiplied_jointly(tokens, outputs, inputs, joint, program.element_bytes):
+            size, at_once = joint * tokens, joint
+        product = (fp8_gemm if in_fp8 else gemm)(gpu, inputs, outputs, size) / at_once
+        moved = pointwise(gpu, program.accumulation * inputs * outputs, "optimizer") / at_once
+        if at_once > 1:
+            moved += pointwise(gpu, copied_bytes(tokens, outputs, inputs, 1, program.element_bytes), "backward")
+        total += Parts(product, 0.0, moved)
+    return total
 
 
 def _quantising(

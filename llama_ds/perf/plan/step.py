@@ -103,7 +103,8 @@ def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
     last = len(job.stages) - 1
     found = []
     for stage, counts in enumerate(job.stages):
-        pieces: list[tuple[LayerTime, int]] = [(layer_time(gpu, job, policy), n) for policy, n in counts]
+        joint = job.joint_share(stage)
+        pieces: list[tuple[LayerTime, int]] = [(layer_time(gpu, job, policy, joint), n) for policy, n in counts]
         if job.whole_model and stage == 0:
             pieces.append((embedding_time(gpu, job), 1))
         if job.whole_model and stage == last:

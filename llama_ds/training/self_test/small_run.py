@@ -163,6 +163,7 @@ def _one_stage(recompute: str) -> dict[str, Any]:
         "extra_warmup": 0,
         "pass_times": None,
         "post_validation": False,
+        "joint_weight_gradients": 1,
         "partition": None,
         "recompute": max(recompute.split(","), key=POLICIES.index),
     }
