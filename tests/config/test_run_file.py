@@ -236,6 +236,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("parallel.post_validation=true", "tiny.yaml: parallel.post_validation = true is for pp > 1 and schedule "
          "dualpipe_v, zb_v, v_half or v_min, whose first rank has embedding and loss; set it to false with pp 1 and "
          "1f1b"),
+        ("parallel.joint_weight_gradients=2", "tiny.yaml: parallel.joint_weight_gradients = 2 is for pp > 1 and this "
+         "stack's own schedules; use 1 with pp 1 and 1f1b"),
         ("parallel.virtual_stages=2", "tiny.yaml: parallel.virtual_stages = 2 cuts what pipeline ranks hold and pp is "
          "1; use 1"),
         ("parallel.extra_warmup=-1", "tiny.yaml: parallel.extra_warmup = -1 is negative"),
@@ -323,6 +325,9 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
         (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "compute.decoder_layer=autograd"],
          "parallel.schedule = dualpipe_v defers weight gradients, which compute.decoder_layer = autograd cannot; use "
          "manual_backward, or schedule 1f1b or interleaved"),
+        (["parallel.joint_weight_gradients=2", "compute.decoder_layer=autograd"],
+         "parallel.joint_weight_gradients = 2 defers weight gradients, which compute.decoder_layer = autograd cannot; "
+         "use manual_backward, or 1"),
         (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full "
          "requires compute.decoder_layer = manual_backward; autograd supports none or full"),
         (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto requires "

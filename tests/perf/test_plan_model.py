@@ -188,6 +188,20 @@ def test_nothing_hides_the_gather_of_the_gradient_that_a_stage_receives() -> Non
     assert layer_time(A100, planned("parallel.schedule=zb_h1").step.job, "none").ahead < layer.ahead
 
 
+def test_weight_gradients_in_pairs_are_counted() -> None:
+    """65B at tp 2: a pair adds once to its buffers and copies factors. At tp 8 most copies would cost more."""
+    v = ("parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.pp=8", "parallel.tp=2")
+    single, pairs = (planned(*v, f"parallel.joint_weight_gradients={joint}") for joint in (1, 2))
+    alone, shared = (layer_time(A100, found.step.job, "none", 1.0).weight_backward for found in (single, pairs))
+    assert 0.6 < shared.pointwise / alone.pointwise < 0.8
+    assert shared.matrices <= alone.matrices
+    narrow = planned("parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.joint_weight_gradients=2")
+    alone, shared = (layer_time(A100, narrow.step.job, "none", share).weight_backward for share in (0.0, 1.0))
+    assert 0.8 < shared.pointwise / alone.pointwise < 1
+    held = [sum(rank.activations for rank in found.memory) for found in (single, pairs)]
+    assert held[1] > held[0]
+
+
 def test_updates_before_their_norm_hold_states_twice_and_say_so() -> None:
     v = ("parallel.schedule=dualpipe_v", "parallel.virtual_stages=2")
     plain, twice = planned(*v), planned(*v, "parallel.post_validation=true")

@@ -47,7 +47,7 @@ REAL = {
         *("model.vocab_size=127", "optimizer.name=muon"),  # padded, and with other states
     ],
     "pp2_dp2_split": [
-        *("parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"),
+        *("parallel.pp=2", "parallel.schedule=zb_h1", "parallel.joint_weight_gradients=2", "model.tie_word_embeddings=true"),
         *("optimizer.name=lion", "optimizer.state_dtype=bf16", "optimizer.masters=bf16_kahan"),
     ],
     "zero3": [
@@ -60,7 +60,7 @@ SEVEN_B = [
     *("model.hidden_size=4096", "model.intermediate_size=11008", "model.num_attention_heads=32"),
     *("model.num_key_value_heads=32", "model.num_hidden_layers=32", "model.vocab_size=32000", "data.seq_len=2048"),
     *("parallel.pp=4", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.micro_batch=1"),
-    "training.global_batch=16",
+    *("training.global_batch=16", "parallel.joint_weight_gradients=2"),  # holds more for the weight gradients
 ]
 
 
