@@ -225,17 +225,20 @@ def test_two_micro_batches_weight_gradients_are_one_product(joins: bool, monkeyp
     added: list[int] = []
     gradients.deferred, gradients.buffer_of = True, lambda p: buffers[id(p)]
     gradients.observers.append(lambda weight, buffer, together: added.append(together))
+    whole: list[nn.Parameter] = []
+    gradients.added = whole.append
     monkeypatch.setattr(weight_gradients, "multiplied_jointly", lambda *sizes: joins)
     for x, grad in micro_batches:
         run(layer, x, grad, masked=False)
     layer.run_deferred_wgrad(2)
     assert len(layer.weight_grads) == 0
     assert added == ([2] * 7 if joins else [1] * 14)
-    wanted = [run(reference, x, grad, masked=False) for x, grad in micro_batches]
+    assert len(whole) == 7, "each matrix is reduced once it has both gradients"
+    for x, grad in micro_batches:
+        total = run(reference, x, grad, masked=False)  # gradients accumulate
     for name, weight in layer.named_parameters():
         if "proj" in name:
-            total = wanted[0][name] + wanted[1][name]
-            torch.testing.assert_close(buffers[id(weight)], total, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(buffers[id(weight)], total[name], atol=1e-10, rtol=1e-10)
 
 
 def test_factors_are_copied_where_that_moves_fewer_bytes() -> None:

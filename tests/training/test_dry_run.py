@@ -47,7 +47,12 @@ REAL = {
         *("model.vocab_size=127", "optimizer.name=muon"),  # padded, and with other states
     ],
     "pp2_dp2_split": [
-        *("parallel.pp=2", "parallel.schedule=zb_h1", "parallel.joint_weight_gradients=2", "model.tie_word_embeddings=true"),
+        *(
+            "parallel.pp=2",
+            "parallel.schedule=zb_h1",
+            "parallel.joint_weight_gradients=2",
+            "model.tie_word_embeddings=true",
+        ),
         *("optimizer.name=lion", "optimizer.state_dtype=bf16", "optimizer.masters=bf16_kahan"),
     ],
     "zero3": [
