@@ -47,13 +47,9 @@ REAL = {
         *("model.vocab_size=127", "optimizer.name=muon"),  # padded, and with other states
     ],
     "pp2_dp2_split": [
-        *(
-            "parallel.pp=2",
-            "parallel.schedule=zb_h1",
-            "parallel.joint_weight_gradients=2",
-            "model.tie_word_embeddings=true",
-        ),
-        *("optimizer.name=lion", "optimizer.state_dtype=bf16", "optimizer.masters=bf16_kahan"),
+        *("parallel.pp=2", "parallel.schedule=zb_h1", "parallel.joint_weight_gradients=2"),
+        *("model.tie_word_embeddings=true", "optimizer.name=lion"),
+        *("optimizer.state_dtype=bf16", "optimizer.masters=bf16_kahan"),
     ],
     "zero3": [
         *("parallel.tp=2", "deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=false"),
