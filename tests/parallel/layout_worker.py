@@ -86,7 +86,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     history += map(engine.read, results)
     layer_check = checks.layer_check
     joint = case.joint_weight_gradients
-    assert max(added) == joint, added  # micro-batches of which gradients were added at once
+    assert max(added, default=1) == joint, added  # micro-batches of which gradients were added at once
     if not case.post_validation:
         assert layer_check is not None and layer_check.exact is not None and layer_check.exact.all(), (
             "a CPU repeats all"
