@@ -176,17 +176,16 @@ def _weight_gradients(
     gpu: Hardware, program: Program, tokens: int, products: Sequence[tuple[int, int]], in_fp8: bool, joint: int
 ) -> Parts:
     """Return the products of the weight gradients and their accumulation, a micro-batch's part of `joint` of them."""
-    total = Parts()
+    multiplied = accumulated = copied = 0.0
     for inputs, outputs in products:
-        size, at_once = tokens, 1
+        at_once = 1
         if joint > 1 and multiplied_jointly(tokens, outputs, inputs, joint, program.element_bytes):
-            size, at_once = joint * tokens, joint
-        product = (fp8_gemm if in_fp8 else gemm)(gpu, inputs, outputs, size) / at_once
-        moved = pointwise(gpu, program.accumulation * inputs * outputs, "optimizer") / at_once
-        if at_once > 1:
-            moved += pointwise(gpu, copied_bytes(tokens, outputs, inputs, 1, program.element_bytes), "backward")
-        total += Parts(product, 0.0, moved)
-    return total
+            at_once = joint
+            copied += copied_bytes(tokens, outputs, inputs, 1, program.element_bytes)
+        multiplied += (fp8_gemm if in_fp8 else gemm)(gpu, inputs, outputs, at_once * tokens) / at_once
+        accumulated += program.accumulation * inputs * outputs / at_once
+    traffic = pointwise(gpu, accumulated, "optimizer") + (pointwise(gpu, copied, "backward") if copied else 0.0)
+    return Parts(multiplied, 0.0, traffic)
 
 
 def _quantising(
