@@ -301,7 +301,7 @@ def lower_bound(gpu: Hardware, job: StepJob) -> float:
     costs = stage_costs(gpu, job)
     transfer, wait = stage_message(gpu, job)
     placement = job.placement
-    split = job.schedule in DEFERRING
+    split = job.schedule in DEFERRING or job.joint > 1
     longest = 0.0
     for rank in range(job.pp):
         own = [costs[placement.stage(rank, chunk)] for chunk in range(job.chunks)]
