@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import POLICIES, parse
+from llama_ds.config.row_stages import STAGE_SIZES, first_step, stage_index
 from llama_ds.config.rules import check
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
@@ -60,7 +61,7 @@ def _by_cost(run: RunConfig, layout: Layout) -> Iterator[tuple[str, RunConfig]]:
     parallel = run.parallel
 
     def set_to(**values: Any) -> tuple[str, RunConfig]:
-        words = " ".join(f"parallel.{key}={str(value).lower()}" for key, value in values.items())
+        words = " ".join(f"{_key(run, key)}={str(value).lower()}" for key, value in values.items())
         # An explicit partition is one of other stages.
         partition = None if {"pp", "tp"} & values.keys() else parallel.partition
         return words, replace(run, parallel=replace(parallel, **{"partition": partition, **values}))
@@ -81,6 +82,13 @@ def _by_cost(run: RunConfig, layout: Layout) -> Iterator[tuple[str, RunConfig]]:
     yield set_to(cp=2 * parallel.cp)
     yield set_to(tp=2 * parallel.tp, sequence_parallel=True)
     yield set_to(pp=2 * parallel.pp)
+
+
+def _key(run: RunConfig, key: str) -> str:
+    """Return where the run file sets a key of `parallel`: in the stage that the run holds, if stages state it."""
+    if run.data.stages and key in STAGE_SIZES:
+        return f"data.stages.{stage_index(run, first_step(run))}.{key}"
+    return f"parallel.{key}"
 
 
 def _with_zero(run: RunConfig, stage: int) -> tuple[str, RunConfig]:
