@@ -7,7 +7,7 @@ launches kernels ahead of the GPU, so a stage takes the longer of host time and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 from llama_ds.layout.loss_chunks import chunk_tokens
@@ -36,10 +36,24 @@ class Parts:
         return self.matrices + self.attention + self.pointwise + self.tensor + self.context
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Parts(
+            self.matrices + other.matrices,
+            self.attention + other.attention,
+            self.pointwise + other.pointwise,
+            self.tensor + other.tensor,
+            self.host + other.host,
+            self.context + other.context,
+        )
 
     def __mul__(self, times: float) -> Parts:
-        return Parts(*(getattr(self, f.name) * times for f in fields(self)))
+        return Parts(
+            self.matrices * times,
+            self.attention * times,
+            self.pointwise * times,
+            self.tensor * times,
+            self.host * times,
+            self.context * times,
+        )
 
 
 @dataclass(frozen=True)
