@@ -53,7 +53,7 @@ from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.hang_detector import HangLimits
-from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.host_pool import HALF_LIFE_D, HostPool
 from llama_ds.launch.supervise.supervisor import LaunchSettings, ListedHosts, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
@@ -154,7 +154,7 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--half-life-d",
         type=real(0, 1e5, above=True),
-        default=7.0,
+        default=HALF_LIFE_D,
         help="days after which a host's strike counts half (default: %(default)s)",
     )
     parser.add_argument("--svg", metavar="FILE", help="write the timeline as a picture")

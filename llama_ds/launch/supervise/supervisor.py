@@ -22,7 +22,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.ahead import Ahead
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
-from llama_ds.launch.supervise.host_pool import STRIKES, HostPool
+from llama_ds.launch.supervise.host_pool import DRAINED, HostPool
 from llama_ds.launch.supervise.norm_rises import before_spike
 from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
@@ -265,7 +265,7 @@ class Supervisor:
             self._fence(outcome)
             # Wrong weights are a reason to drain a host, unless two hosts differ and either may be right.
             certain = outcome.kind == outcomes.CORRUPTION and len(outcome.hosts) == 1
-            self.host_pool.blame(outcome.hosts, STRIKES if certain else 1)
+            self.host_pool.blame(outcome.hosts, DRAINED if certain else 1.0)
             chosen = self._choose(hosts)
         pause = self._backoff_s(in_a_row)
         self.events.add("restart", f"starting again in {pause:g} s, restart {in_a_row} in a row", pause_s=pause)
