@@ -89,6 +89,7 @@ def _in_gradient(engine: Engine, matrix: Tensor, flip: Flip) -> Iterator[None]:
         yield
     finally:
         observers.remove(observe)
+    assert done, "the gradient has no buffer"
 
 
 def _in_product(flip: Flip, layer: int, always: bool) -> Callable[[Tensor], Tensor]:
