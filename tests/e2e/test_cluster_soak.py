@@ -75,7 +75,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Hosts]:
     folder = tmp_path_factory.mktemp("hosts")
-    with Hosts(len(NAMES), folder, subnet=94, before=slow_links(LINK_MBIT)) as those:
+    with Hosts(len(NAMES), folder, subnet=84, before=slow_links(LINK_MBIT)) as those:
         yield those
 
 
