@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--flips", type=whole(), default=84, help="flips at each of 12 sites (default: %(default)s)")
     command.add_argument("--clean", type=whole(), default=1000, help="steps without flips (default: %(default)s)")
     command.add_argument("--seed", type=whole(0), default=0, help="(default: %(default)s)")
+    command.add_argument("--add", metavar="FILE", help="earlier results, to which these are added; needs another seed")
     add_results(command)
     return parser
 
@@ -258,11 +259,14 @@ def context(args: argparse.Namespace) -> Answer:
 def flips(args: argparse.Namespace) -> Answer:
     """Flip bits of a small run."""
     from llama_ds.benchmarks.flips.request import FlipRequest
-    from llama_ds.benchmarks.flips.run import measure, table
+    from llama_ds.benchmarks.flips.run import measure, read, table, together
 
     request = FlipRequest(**{field.name: getattr(args, field.name) for field in fields(FlipRequest)})
+    earlier = read(args.add, request) if args.add else None
     with tempfile.TemporaryDirectory() as folder:
         results = measure(request, Path(folder))
+    if earlier:
+        results = together(earlier, results)
     return Answer(results, table(results))
 
 

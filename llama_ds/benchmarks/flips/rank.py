@@ -33,7 +33,7 @@ from llama_ds.parallel.optimizer_state import flat_states
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.step_checks import StepChecks
 
-LAYERS, VOCAB, TOKENS, MICRO_BATCHES, RATE = 4, 128, 32, 2, 1e-3
+LAYERS, VOCAB, TOKENS, MICRO_BATCHES, RATE = 2, 128, 32, 2, 1e-3
 CPU = torch.device("cpu")
 MODEL = {
     "vocab_size": VOCAB,
