@@ -1,7 +1,8 @@
 """Random faults in one job on real hosts, one after another: its result equals that of an undisturbed run.
 
 Variables change what is done: SOAK_EVERY_S (seconds between faults), SOAK_FAULTS (their number), SOAK_KINDS (all, or
-names separated by commas), SOAK_SEED (their choice), SOAK_RECORD (a file for the measurements). One hour:
+names separated by commas), SOAK_SEED (their choice), SOAK_RECORD (a file for the measurements), SOAK_COLD (anything:
+without warm processes and checkpoints in memory), SOAK_SUBNET (another run may use the usual one). One hour:
 
     SOAK_EVERY_S=120 SOAK_FAULTS=29 SOAK_KINDS=all SOAK_RECORD=soak.json python -m pytest tests/e2e/test_cluster_soak.py
 """
@@ -40,6 +41,8 @@ NAMED = os.environ.get("SOAK_KINDS", "state in memory,weights,disk full,two host
 FAULTS = int(os.environ.get("SOAK_FAULTS", "4"))
 SEED = int(os.environ.get("SOAK_SEED", "447"))
 RECORD = os.environ.get("SOAK_RECORD", "")
+COLD = bool(os.environ.get("SOAK_COLD"))
+SUBNET = int(os.environ.get("SOAK_SUBNET", "84"))
 NAMES = ("node1", "node2", "node3", "node4", "node5")  # the last two are spares
 RANKS = 3
 LAYOUT: dict[str, Any] = {
@@ -53,7 +56,7 @@ LAYOUT: dict[str, Any] = {
 GUARDED: dict[str, Any] = {
     "checkpoint.interval": 10,
     "checkpoint.keep_last": 3,
-    "checkpoint.memory_interval": 1,
+    "checkpoint.memory_interval": 0 if COLD else 1,
     "checkpoint.compare_replicas": 1,
     "checkpoint.compare_repeats": 1,
     "checkpoint.compare_norms": True,
@@ -75,7 +78,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Hosts]:
     folder = tmp_path_factory.mktemp("hosts")
-    with Hosts(len(NAMES), folder, subnet=84, before=slow_links(LINK_MBIT)) as those:
+    with Hosts(len(NAMES), folder, subnet=SUBNET, before=slow_links(LINK_MBIT)) as those:
         yield those
 
 
@@ -90,7 +93,7 @@ def test_the_losses_are_those_of_a_run_without_faults(
     changes = {"checkpoint.memory_folder": str(memory), "output_dir": str(disk)}
     run = Run(make_run("soak", LAYOUT | GUARDED | changes).file, disk / "soak")
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[RANKS:])
-    options = ("--supervise", "--spares", str(spares))
+    options = ("--supervise", "--spares", str(spares), *(["--no-warm-processes"] if COLD else []))
     job = start(run, hosts, NAMES[:RANKS], 1, *options, orphan_s=6, hang_min_s=8)
     chance = random.Random(SEED)
     site = Site(job, hosts, memory, disk, patches, chance)
@@ -188,6 +191,7 @@ def record(
         "load_1_min": round(os.getloadavg()[0], 2),
         "seed": SEED,
         "every_s": EVERY_S,
+        "cold": COLD,
         "ranks": RANKS,
         "hosts": len(NAMES),
     }
