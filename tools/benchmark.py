@@ -97,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--flips", type=whole(), default=84, help="flips at each of 12 sites (default: %(default)s)")
     command.add_argument("--clean", type=whole(), default=1000, help="steps without flips (default: %(default)s)")
     command.add_argument("--seed", type=whole(0), default=0, help="(default: %(default)s)")
+    words = "time for them, after which there are fewer; 0: no limit (default: %(default)s)"
+    command.add_argument("--seconds", type=delay, default=0.0, help=words)
     command.add_argument("--add", metavar="FILE", help="earlier results, to which these are added; needs another seed")
     add_results(command)
     return parser

@@ -27,7 +27,7 @@ def test_flipped_bits_are_found_and_their_rank_is_named(tmp_path: Path) -> None:
     done = warm.run("-m", "llama_ds.benchmarks.flips.rank", request, tmp_path, ranks=3)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [trial["site"] for trial in found["trials"]] == [site for site in SITES for _ in range(2)]
+    assert [trial["site"] for trial in found["trials"]] == [*SITES, *SITES]
     for trial in found["trials"]:
         if trial["site"] in CHECKED:
             assert trial["found"] and trial["ranks"] == [trial["rank"]], trial

@@ -56,7 +56,7 @@ def measure(request: FlipRequest, folder: Path) -> dict[str, Any]:
         "seeds": [request.seed],
         "cores": os.cpu_count(),
         "sites": sites,
-        "clean_steps": request.clean,
+        "clean_steps": result["clean"],
         "false_alarms": result["alarms"],
         "reports_in_clean_steps": len(result["reports"]),
         "flipping_s": round(result["flipping_s"], 1),
@@ -85,7 +85,7 @@ def table(found: dict[str, Any]) -> str:
         f"{'site':40} {'flips':>6} {'found':>7} {'right rank':>11} {'it alone':>9} {'step skipped':>13}",
     ]
     for name, site in sites.items():
-        share = f"{site['found'] / site['flips']:.1%}"
+        share = f"{site['found'] / site['flips']:.1%}" if site["flips"] else ""
         counts = f"{site['right_rank']:>11} {site['only_it']:>9} {site['left_out']:>13}"
         lines.append(f"{name:40} {site['flips']:>6} {share:>7} {counts}")
     lines.append(
