@@ -18,6 +18,7 @@ from llama_ds.config.run_file import dump
 from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES, WARNINGS
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.folder import current
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards.background import close_boards
@@ -141,6 +142,8 @@ def open_run_log(
 ) -> RunLog:
     """Open the log of a run; next to it write the run file, DeepSpeed's `config` and a line on the `machine`.
 
+    After a restart the first metrics are those of the run's time, by the supervisor.
+
     Raises:
         UserError: the folder is not writable, or the package of a board is not installed.
     """
@@ -160,6 +163,9 @@ def open_run_log(
         raise UserError(
             f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to a writable folder"
         ) from None
+    job = current(os.environ)
+    if job and job.accounts:
+        log.record({"step": first_step, **job.accounts})
     return log
 
 

@@ -119,6 +119,9 @@ def test_the_losses_are_those_of_a_run_without_faults(
     succeed(forked(RANKS, TRAIN, whole.file), whole.log)
     record(job, faults, run.losses, whole.losses)
     assert run.losses == whole.losses
+    accounts = [line for line in run.metrics if "effective_share" in line]
+    assert accounts[-1]["failures"] == sum(fault["restarts"] for fault in faults)
+    assert 0 < accounts[-1]["effective_share"] < 1 and accounts[-1]["mtbf_s"] > 0
     for fault in faults:
         assert fault["found"] == KINDS[fault["kind"]], fault
         assert fault["restarts"] == (fault["found"] is not None), fault
