@@ -215,9 +215,10 @@ class MemoryCheckpoints:
             if self._every:  # the error is raised on all ranks alike
                 self._wait()
                 world.barrier()
-            for slot in self._slots:
-                if slot.step > error.good_step:
-                    slot.clear()
+                for slot in self._slots:
+                    if slot.step > error.good_step:
+                        slot.clear()
+                world.barrier()  # once one of them reports the error, all may be killed
             raise
 
     def close(self, ended: bool) -> None:
