@@ -39,9 +39,7 @@ from tests.hosts import Hosts, missing
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 EVERY_S = float(os.environ.get("SOAK_EVERY_S", "5"))
-QUICK = (
-    "launcher of a host,pdsh,state in memory,weights,disk full,two hosts at once"  # test_cluster_faults.py has others
-)
+QUICK = "launcher of a host,pdsh,state in memory,weights,disk full,two hosts at once"  # test_cluster_faults.py: more
 NAMED = os.environ.get("SOAK_KINDS", QUICK)
 FAULTS = int(os.environ.get("SOAK_FAULTS", "6"))
 SEED = os.environ.get("SOAK_SEED", "")
