@@ -101,7 +101,7 @@ def inject(kind: str, site: Site) -> Injected:
     elif kind == "disk full":
         resize(site.disk, shutil.disk_usage(site.disk).used)
         injected.repair, injected.lasts_s = (lambda: resize(site.disk, DISK_BYTES)), FULL_S
-        injected.hosts = injected.ranks = []
+        injected.hosts, injected.ranks = [], []
     elif kind == "pdsh":
         every = psutil.Process(job.process.pid).children(recursive=True)
         send(next(process for process in every if process.name() == "pdsh.bin"), signal.SIGKILL)
