@@ -163,7 +163,8 @@ def disturb(kind: str, site: Site) -> dict[str, Any]:
     went_on_s = time.monotonic() - began
     if not injected.lasts_s:
         injected.repair()
-    if kind.startswith("state"):  # the rank that sends it says that it is refused, or the first that restores it
+    stays = injected.hosts and injected.hosts[0] in job.named("attempt started")[-1]["hosts"]
+    if kind.startswith("state") and stays:  # the rank that sends it says that it is refused, or the first at a restart
         refused = f"MEMORY CHECKPOINT: the state of rank {injected.ranks[0]} "
         log = job.folder / f"attempt_{now:02d}" / "logs" / f"rank_{0 if now > attempts else injected.ranks[0]:05d}.log"
         lines = job.wait_for(lambda: [line for line in log.read_text().splitlines() if refused in line])
