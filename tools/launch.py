@@ -234,7 +234,7 @@ def launch(args: argparse.Namespace) -> int:
 
 def accounts_of(run_dir: str) -> dict[str, float]:
     """Return metrics of a run's time, none before its first step."""
-    with suppress(UserError, OSError):
+    with suppress(Exception):  # no account of the past is worth the job
         return as_metrics(goodput.goodput(read_run(run_dir), 86400 * HALF_LIFE_D), 3600 * WINDOW_H)
     return {}
 

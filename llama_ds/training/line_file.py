@@ -23,11 +23,6 @@ class LineFile:
         self._waiting += line.encode() + b"\n"
         self._flush()
 
-    @property
-    def waiting(self) -> int:
-        """The number of lines that are not written yet."""
-        return self._waiting.count(b"\n")
-
     def close(self) -> None:
         """Close the file. Raises OSError: lines that wait are lost."""
         try:

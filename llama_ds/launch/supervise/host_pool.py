@@ -63,7 +63,7 @@ class HostPool:
         Raises:
             UserError: the remaining hosts are too few for any layout of the run.
         """
-        strikes = self.strikes
+        good, strikes = [host for host in good if host in self.all_hosts], self.strikes
         struck = sorted((host for host in good if strikes.get(host, 0.0) >= STRIKES), key=lambda host: -strikes[host])
         # Hosts that were added to the hostfile during the job, and that no layout of the run can use, are spares too.
         lines = first_slots(self.hosts, largest_world(self.run, sum(self.hosts.values())) or 0)
