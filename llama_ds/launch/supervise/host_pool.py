@@ -26,6 +26,7 @@ class HostPool:
     now: Callable[[], float] = time.time
     _blamed: dict[str, tuple[float, float]] = field(default_factory=dict)  # strikes by host, and when they were counted
     _chosen: dict[str, int] = field(default_factory=dict)  # the hosts of the last attempt, {} before the first choice
+    _recent: set[str] = field(default_factory=set)  # hosts that were blamed since that choice
 
     @property
     def all_hosts(self) -> dict[str, int]:
@@ -53,6 +54,7 @@ class HostPool:
         """Count a failure of hosts; `DRAINED` strikes exclude them at once."""
         for host in hosts:
             self._blamed[host] = self.strikes.get(host, 0.0) + strikes, self.now()
+        self._recent.update(hosts)
 
     def choose(self, good: list[str]) -> dict[str, int]:
         """Return the hosts of the next attempt with their slots, chosen among the hosts that are `good`.
@@ -64,7 +66,9 @@ class HostPool:
             UserError: the remaining hosts are too few for any layout of the run.
         """
         good, strikes = [host for host in good if host in self.all_hosts], self.strikes
-        struck = sorted((host for host in good if strikes.get(host, 0.0) >= STRIKES), key=lambda host: -strikes[host])
+        worst = sorted((host for host in good if strikes.get(host, 0.0) >= STRIKES), key=lambda host: -strikes[host])
+        # One that was taken all the same keeps its place until it fails again: it may hold the only copy of a state.
+        struck = [host for host in worst if host in self._recent or host not in self._chosen]
         # Hosts that were added to the hostfile during the job, and that no layout of the run can use, are spares too.
         lines = first_slots(self.hosts, largest_world(self.run, sum(self.hosts.values())) or 0)
         if list(self._chosen.values()) == list(lines.values()):
@@ -74,7 +78,7 @@ class HostPool:
             usable = [host for host in good if host not in struck[:excluded]]
             chosen = promote(lines, usable, others)
             if chosen:
-                self._chosen = chosen
+                self._chosen, self._recent = chosen, set()
                 return chosen
         world = largest_world(self.run, sum(self.all_hosts[host] for host in good))
         if world is None:
@@ -85,7 +89,7 @@ class HostPool:
                 "spares"
             )
         ordered = [host for host in good if host not in struck] + struck[::-1]
-        self._chosen = first_slots({host: self.all_hosts[host] for host in ordered}, world)
+        self._chosen, self._recent = first_slots({host: self.all_hosts[host] for host in ordered}, world), set()
         return self._chosen
 
 
