@@ -27,14 +27,15 @@ class Divergence(UserError):
 class Corruption(UserError):
     """Numbers that must be equal differ: `ranks` computed or stored them wrongly, and other hosts may do better.
 
-    `spoils_memory`: they may differ since earlier steps, whose states in the memory of hosts are then not trusted.
+    `good_step`: the states after this step and earlier ones are known to be good, later ones in the memory of hosts are
+    not to be used; -1: none is.
     """
 
     kind = "corruption"
 
-    def __init__(self, text: str, ranks: Sequence[int], spoils_memory: bool = True) -> None:
+    def __init__(self, text: str, ranks: Sequence[int], good_step: int = -1) -> None:
         super().__init__(text)
-        self.ranks, self.spoils_memory = ranks, spoils_memory
+        self.ranks, self.good_step = ranks, good_step
 
 
 class OutOfMemory(UserError):

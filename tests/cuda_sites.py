@@ -1,7 +1,8 @@
 """The places of the program that depend on CUDA, read off its syntax trees.
 
-A place is a line with a marker: `is_cuda`, `torch.cuda.*`, a name for the answer (`on_cuda`, `_cuda`, `_defers`), or a
-comparison of a device's type with "cuda" or "cpu". Of an `if`, the first line of what runs on CUDA belongs to it.
+A place is a line with a marker: `is_cuda`, `torch.cuda.*`, a name for the answer (`on_cuda`, `_cuda`, `_defers`), a
+comparison of a device's type with "cuda" or "cpu", or a call that lets the host run ahead of the device.
+Of an `if`, the first line of what runs on CUDA belongs to it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llama_ds"
 NAMES = {"is_cuda", "on_cuda", "_cuda", "_defers", "cuda"}
+ASYNCHRONOUS = {"non_blocking", "pin_memory", "record_stream", "record_event"}
 DEVICES = {"cuda", "cpu"}
 
 
@@ -69,8 +71,10 @@ def _own(statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _marks(node: ast.AST) -> bool:
+    if isinstance(node, ast.keyword):
+        return node.arg in ASYNCHRONOUS
     if isinstance(node, ast.Attribute):
-        return node.attr in NAMES
+        return node.attr in NAMES | ASYNCHRONOUS
     if isinstance(node, ast.Name):
         return node.id in NAMES
     return isinstance(node, ast.Compare) and bool(_device(node))

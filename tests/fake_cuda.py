@@ -86,10 +86,21 @@ class Event:
 
 
 class _Use:
-    """The operators of each stream that have used a storage since it was last written, and the last that wrote it."""
+    """The operators of each stream that have used memory since it was last written, and the last that wrote it."""
+
+    def __init__(self) -> None:
+        self.read, self.written = Clock(), Clock()
+
+
+class _Storage:
+    """Uses of a storage's parts, by first byte and end; parts that are used apart may overlap."""
 
     def __init__(self, owner: Stream) -> None:
-        self.owner, self.read, self.written, self.kept_for = owner, Clock(), Clock(), set[str]()
+        self.owner, self.kept_for = owner, set[str]()
+        self.parts: dict[tuple[int, int], _Use] = {}
+
+    def overlapping(self, begin: int, end: int) -> list[_Use]:
+        return [use for (other, other_end), use in self.parts.items() if begin < other_end and other < end]
 
 
 class FakeCuda(TorchDispatchMode):
@@ -98,13 +109,14 @@ class FakeCuda(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.log: list[str] = []
+        self.devices = 1
         self.ended = False
         self.races: list[str] = []  # early releases: no operator can raise them
         self.operators: set[str] = set()
         self.streams: list[Stream] = []
         self.host = Clock()
         self.current = self.stream("main")
-        self.uses: dict[int, _Use] = {}
+        self.uses: dict[int, _Storage] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -130,7 +142,7 @@ class FakeCuda(TorchDispatchMode):
             stream.synchronize()
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        self._use(tensor).kept_for.add(stream.name)
+        self._storage(tensor).kept_for.add(stream.name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,37 +167,49 @@ class FakeCuda(TorchDispatchMode):
             return
         number = stream.seen[stream.name] = stream.seen.get(stream.name, 0) + 1
         for tensor in read:
-            use = self._use(tensor)
-            self._check(name, tensor, use.written)
-            use.read[stream.name] = number
+            storage, part = self._storage(tensor), _part(tensor)
+            for use in storage.overlapping(*part):
+                self._check(name, tensor, use.written)
+            storage.parts.setdefault(part, _Use()).read[stream.name] = number
         for tensor in written:
-            use = self._use(tensor)
-            self._check(name, tensor, use.read)
-            self._check(name, tensor, use.written)
-            use.read, use.written = Clock(), {stream.name: number}
+            storage, part = self._storage(tensor), _part(tensor)
+            for use in storage.overlapping(*part):
+                self._check(name, tensor, use.read)
+                self._check(name, tensor, use.written)
+            begin, end = part  # this operator is now the last user of all that it covers
+            storage.parts = {p: use for p, use in storage.parts.items() if not (begin <= p[0] and p[1] <= end)}
+            storage.parts[part] = _Use()
+            storage.parts[part].written = {stream.name: number}
 
     def _check(self, name: str, tensor: Tensor, others: Clock) -> None:
         late = {other: number for other, number in others.items() if number > self.current.seen.get(other, 0)}
         if late:
             raise Race(f"{name} on {self.current.name} uses {tuple(tensor.shape)} without waiting for {late}")
 
-    def _use(self, tensor: Tensor) -> _Use:
+    def _storage(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.uses:
-            self.uses[key] = _Use(self.current)
+            self.uses[key] = _Storage(self.current)
             weakref.finalize(storage, self._release, key, tuple(tensor.shape))
         return self.uses[key]
 
     def _release(self, key: int, shape: tuple[int, ...]) -> None:
         """Give memory back to its stream, which may use it at once for something else."""
-        use = self.uses.pop(key)
+        storage = self.uses.pop(key)
         if self.ended:
             return
-        for others in (use.read, use.written):
+        for others in (clock for use in storage.parts.values() for clock in (use.read, use.written)):
             for name, number in others.items():
-                if name not in use.kept_for and number > use.owner.seen.get(name, 0):
+                if name not in storage.kept_for and number > storage.owner.seen.get(name, 0):
                     self.races.append(f"{shape} is released while {name} uses it")
+
+
+def _part(tensor: Tensor) -> tuple[int, int]:
+    """Return the first byte of a tensor in its storage, and the end of its last."""
+    begin, size = tensor.storage_offset(), tensor.element_size()
+    length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin * size, (begin + (length if tensor.numel() else 0)) * size
 
 
 @contextmanager
@@ -234,12 +258,12 @@ def _guard_of_devices() -> Iterator[None]:
 
 
 def _torch_cuda(cuda: FakeCuda) -> dict[str, Any]:
-    properties = SimpleNamespace(name=NAME, total_memory=MEMORY)
+    properties = SimpleNamespace(name=NAME, total_memory=MEMORY, uuid="fake")
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "current_device": lambda: 0,
-        "device_count": lambda: 1,
+        "device_count": lambda: cuda.devices,
         "set_device": lambda device: cuda.log.append(f"device {device}"),
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: CAPABILITY,
@@ -252,6 +276,9 @@ def _torch_cuda(cuda: FakeCuda) -> dict[str, Any]:
         "current_stream": lambda device=None: cuda.current,
         "memory_allocated": lambda device=None: 1 << 20,
         "max_memory_allocated": lambda device=None: 3 << 20,
+        "max_memory_reserved": lambda device=None: 4 << 20,
+        "memory_reserved": lambda device=None: 4 << 20,
+        "mem_get_info": lambda device=None: (MEMORY - (6 << 20), MEMORY),
         "reset_peak_memory_stats": lambda device=None: cuda.log.append("peak reset"),
         "empty_cache": lambda: cuda.log.append("cache emptied"),
         "get_rng_state": lambda: "a generator's state",

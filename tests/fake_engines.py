@@ -57,7 +57,7 @@ def called(cuda: FakeCuda, request: dict[str, Any], rank: int, size: int) -> dic
     begin = len(cuda.log)
     cuda.operators.clear()
     found = layouts.measure(request, world.RankInfo(rank, size, 0), DEVICE)["layouts"][0]
-    assert len(found["seconds"]) == request["steps"]
+    assert len(found["seconds"]) == request["steps"] and "allocated" in found["memory"]
     groups = {line.partition(" on group")[0] for line in cuda.log[begin:] if " on group" in line}
     return {"rank": rank, "called": sorted(cuda.operators | groups)}
 
@@ -65,9 +65,10 @@ def called(cuda: FakeCuda, request: dict[str, Any], rank: int, size: int) -> dic
 def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ["LOCAL_RANK"] = "0"  # every rank has the one device
-    with fake_cuda() as cuda, fake_ranks(cuda, size, rank), deepspeed_on_fake_cuda():
+    with fake_cuda() as cuda, deepspeed_on_fake_cuda():
         for request in json.loads(sys.argv[1]):
-            print(json.dumps(called(cuda, request, rank, size)), flush=True)
+            with mock.patch.dict(os.environ, request.get("environment", {})), fake_ranks(cuda, size, rank):
+                print(json.dumps(called(cuda, request, rank, size)), flush=True)
         # DeepSpeed's own streams wait before they use memory anew, which is not seen when it is released.
         cuda.races.clear()
 

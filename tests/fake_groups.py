@@ -1,7 +1,7 @@
 """Process groups on the device of `fake_cuda.py`, as NCCL's as far as order goes; nothing is communicated.
 
 A collective runs on a stream of its group: it waits for what its caller has issued, and its caller waits for it in
-`wait`.
+`wait`. Of gloo, whose collectives keep that order too, differs what it cannot: messages of tensors on the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from llama_ds.parallel.backend import backend
 from tests.fake_cuda import Event, FakeCuda
 
 
@@ -34,11 +35,11 @@ class _Work:
 
 
 class _Group(dist.ProcessGroup):
-    """One rank of a group of NCCL: collectives and messages on a stream of the group."""
+    """One rank of a group of NCCL, or of gloo: collectives and messages on a stream of the group."""
 
-    def __init__(self, cuda: FakeCuda, rank: int, size: int, name: str) -> None:
+    def __init__(self, cuda: FakeCuda, rank: int, size: int, name: str, backend: str) -> None:
         super().__init__(rank, size)
-        self.cuda, self.stream, self.named = cuda, cuda.stream(name), ""
+        self.cuda, self.stream, self.named, self.backend = cuda, cuda.stream(name), "", backend
 
     @property
     def group_name(self) -> str:
@@ -48,7 +49,7 @@ class _Group(dist.ProcessGroup):
         self.named = name
 
     def getBackendName(self) -> str:
-        return "nccl"
+        return self.backend
 
     def _issue(self, name: str, read: Any, written: Any) -> _Work:
         read, written = (tree_leaves(x) for x in (read, written))
@@ -80,10 +81,16 @@ class _Group(dist.ProcessGroup):
     all_gather_single, reduce_scatter_single = _allgather_base, _reduce_scatter_base
     all_to_all_single = alltoall_base
 
+    def _check_message(self, tensors: Any) -> None:
+        """Refuse what would be an address of the device, for gloo and for NCCL of the host."""
+        assert all(tensor.is_cuda == (self.backend == "nccl") for tensor in tensors), f"a message by {self.backend}"
+
     def send(self, tensors: Any, rank: int, tag: int) -> Any:
+        self._check_message(tensors)
         return self._issue("send", tensors, [])
 
     def recv(self, tensors: Any, rank: int, tag: int) -> Any:
+        self._check_message(tensors)
         return self._issue("receive", [], tensors)
 
     def barrier(self, opts: Any = None) -> Any:
@@ -92,10 +99,11 @@ class _Group(dist.ProcessGroup):
 
 @contextmanager
 def fake_ranks(cuda: FakeCuda, size: int, rank: int = 0) -> Iterator[None]:
-    """Act as one rank of a job of `size`, whose groups are NCCL's as far as order goes."""
+    """Act as one rank of a job of `size`, with groups of the backend that the environment chooses."""
+    chosen = backend()
 
     def create(options: Any, *unused: Any) -> _Group:
-        return _Group(cuda, options.group_rank, options.group_size, f"group {len(cuda.streams)}")
+        return _Group(cuda, options.group_rank, options.group_size, f"group {len(cuda.streams)}", chosen)
 
     if not hasattr(dist.Backend, "ORDERED"):
         dist.Backend.register_backend("ordered", create, extended_api=True, devices=["cuda", "cpu"])
@@ -104,7 +112,7 @@ def fake_ranks(cuda: FakeCuda, size: int, rank: int = 0) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for name, value in (
-                ("get_backend", lambda group=None: "nccl"),
+                ("get_backend", lambda group=None: chosen),
                 ("all_gather_object", lambda every, own, group=None: _fill(every, own)),
                 ("gather_object", lambda own, every=None, *_: _fill(every, own)),
             ):

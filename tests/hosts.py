@@ -148,6 +148,10 @@ class Hosts:
         """Restore a host's link."""
         _run("ip", "link", "set", self._cable(name), "up")
 
+    def run(self, name: str, command: str) -> None:
+        """Run a command in a host's network."""
+        _run("ip", "netns", "exec", self._namespace(name), *command.split())
+
     def processes(self, name: str, word: str) -> list[psutil.Process]:
         """Return the living processes of a host with `word` in their command line."""
         found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +11,13 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
+
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.run_file import load_run
+from llama_ds.layout.layout import resolve_layout
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -112,7 +118,7 @@ def test_a_step_ended_by_the_time_of_all_has_no_result_and_is_not_reached(
 
 
 def test_steps_are_named_once_and_come_after_what_they_need(gpu: ModuleType, tmp_path: Path) -> None:
-    """The programs and run files of their commands exist."""
+    """The programs and run files of their commands exist, tools have their options, and runs their keys and layouts."""
     steps = gpu.steps("python", tmp_path, tmp_path)
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
@@ -122,6 +128,51 @@ def test_steps_are_named_once_and_come_after_what_they_need(gpu: ModuleType, tmp
             word for word in step.command if word.endswith((".py", ".yaml")) and not word.startswith(str(tmp_path))
         ]
         assert all((REPO / word).exists() for word in words)
+        check_options(list(step.command))
+
+
+def test_all_steps_are_known_where_there_is_time_for_none(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.dict("os.environ"):
+        assert gpu.main([str(tmp_path), "all", "--seconds", "0", "--data", str(tmp_path)]) == 0
+    every = ", ".join(step.name for step in gpu.steps("python", tmp_path, tmp_path))
+    assert f"not reached: {every}; the next call" in capsys.readouterr().out
+
+
+def check_options(command: list[str]) -> None:
+    """Check what the program of a command refuses before it starts."""
+    program = next((i for i, word in enumerate(command) if word.startswith("tools/")), None)
+    if program is not None:
+        tool = importlib.import_module(command[program].removesuffix(".py").replace("/", "."))
+        tool.parser().parse_args(command[program + 1 :])
+    if "llama_ds/train.py" in command:
+        run_file, *overrides = command[command.index("llama_ds/train.py") + 1 :]
+        ranks = 2 if "torch.distributed.run" in command else 1
+        run = load_run(run_file, overrides)
+        deepspeed_config(run, resolve_layout(run, ranks), bf16_native=True)
+
+
+def test_losses_of_runs_that_differ_are_named(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs log at steps of their own; lines without a loss are those of validations."""
+    losses = {"whole": (9.5, 8.0), "same": (9.501,), "other": (9.5, 8.02), "broken": (float("nan"), 8.0)}
+    for name, found in losses.items():
+        lines = [{"step": 5 * (i + 1), "loss": loss} for i, loss in enumerate(found)] + [{"step": 5, "valid_loss": 1}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def compared(*names: str) -> int:
+        return gpu.main(["losses", *(str(tmp_path / name) for name in ("whole", *names))])
+
+    assert compared("same") == 0
+    assert (
+        compared("same", "other") == 1 and "other: loss 8.02000 in step 10, 8.00000 in whole" in capsys.readouterr().out
+    )
+    assert compared("broken", "same") == 1
+    (tmp_path / "same" / "metrics.jsonl").write_text("")
+    assert compared("same") == 1 and "no step that" in capsys.readouterr().out
 
 
 def alive(process: int) -> bool:

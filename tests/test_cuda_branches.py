@@ -7,6 +7,7 @@ runs it, or `NOT_RUN` says why none can.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from llama_ds.benchmarks import against_transformers
 from llama_ds.benchmarks.layer import LayerContestant
+from llama_ds.benchmarks.machine import layouts
 from llama_ds.benchmarks.machine import rank as machine_rank
+from llama_ds.benchmarks.machine.check import memory_beside_plan
 from llama_ds.benchmarks.report import layer_results
 from llama_ds.checkpoint.snapshot import HostMemory
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, cp_sizes
@@ -34,6 +37,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.evaluation import one_process, scoring
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.model import attention, fp8
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.attention_kernels import attention_kernel, block_kernel
@@ -43,10 +47,10 @@ from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.parallel import burn, deepspeed_check, recording, temporary, world
+from llama_ds.parallel import burn, deepspeed_check, messages, recording, temporary, world
 from llama_ds.parallel.grid import context_parallel
 from llama_ds.parallel.trace import Trace
-from llama_ds.training import machines
+from llama_ds.training import machines, memory_state
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device, row_share, training_pair
 from llama_ds.training.engines import build
 from llama_ds.training.meter import Meter, peak_memory
@@ -65,6 +69,7 @@ SMALL = [
     *("parallel.pp=1", "parallel.tp=1", "parallel.sequence_parallel=false", "parallel.micro_batch=2"),
 ]
 ROWS, T = 2, 16
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 NOT_RUN = {
     "benchmarks/machine/rank.py:main": "a process of its own; what it does on CUDA follows from world.device",
@@ -229,6 +234,19 @@ def case_a_snapshot(cuda: FakeCuda, folder: Path) -> None:
     assert found.ready is not None and found.files["model"]["weight"].device.type == "cpu"
 
 
+def case_a_checkpoint_in_memory(cuda: FakeCuda, folder: Path) -> None:
+    master = torch.zeros(5, device=DEVICE)
+    fragment = SimpleNamespace(name="layers.1.weight", tensors={MASTER: master}, start=0, numel=5)
+    payload = memoryview(bytearray(2 * memory_state.ALIGNED))
+    with (
+        mock.patch.object(memory_state, "fragments", lambda engine: iter([fragment])),
+        mock.patch.object(memory_state, "step_counter", lambda engine: torch.zeros((), device=DEVICE)),
+        mock.patch.object(memory_state, "_placed", lambda engine, payload: iter([(master, torch.zeros(5))])),
+    ):
+        about, ready = memory_state.write(SimpleNamespace(), payload)
+    assert about["dtypes"] == ["float32"] and ready.seen == cuda.current.seen, "the event comes after the copies"
+
+
 def case_reading_of_weights(cuda: FakeCuda, folder: Path) -> None:
     read: list[int] = []
     source: Any = SimpleNamespace(read=lambda buffer, rank, size, start: read.append(len(buffer)))
@@ -244,7 +262,8 @@ def case_what_a_run_says_of_its_device(cuda: FakeCuda, folder: Path) -> None:
     assert machines.machine_of(layout, DEVICE, ["a"], str(folder))["device"] == NAME
     small: Any = SimpleNamespace(run=run, dtype="bf16", marks=SimpleNamespace(begin=1))
     assert check._record(small, layout, DEVICE)["device"] == NAME
-    assert world.device_memory(DEVICE) == MEMORY and world.computes_bf16(DEVICE) and world.device() == DEVICE
+    assert world.device_memory(DEVICE) == world.device_size(DEVICE) == MEMORY
+    assert world.computes_bf16(DEVICE) and world.device() == DEVICE
     deepspeed_check.check_device("ds.json", {"zero_optimization": {"zero_quantized_weights": True}}, "cuda")
 
 
@@ -267,14 +286,52 @@ def case_results_are_read_a_step_later(cuda: FakeCuda, folder: Path) -> None:
 
 def case_joining(cuda: FakeCuda, folder: Path) -> None:
     asked: dict[str, Any] = {}
+    store = dist.HashStore()
     with (
-        mock.patch.object(world, "open_store", lambda *_: None),
+        mock.patch.object(world, "open_store", lambda *_: store),
         mock.patch.object(world, "find_first_rank", lambda *_: None),
         mock.patch.object(dist, "init_process_group", lambda backend, **options: asked.update(options, name=backend)),
         mock.patch.dict("os.environ"),
     ):
+        cuda.devices = 8
         world.join(world.RankInfo(3, 8, 3))
-    assert asked["name"] == "nccl" and asked["rank"] == 3 and cuda.log[-1] == "device 3"
+        assert asked["name"] == "nccl" and asked["rank"] == 3 and cuda.log[-1] == "device 3"
+        with pytest.raises(UserError, match=r"rank 8 of \S+ has no GPU, because there are 8, .* LLAMA_DS_BACKEND=gloo"):
+            world.join(world.RankInfo(8, 9, 8))
+        cuda.devices = 1  # each process sees its own; that of rank 2 is another rank's
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = "2"
+        with pytest.raises(UserError, match=r"several ranks of \S+ have the same GPU \(UUID fake\), .*=gloo"):
+            for rank in (1, 2):
+                world.join(world.RankInfo(rank, 3, rank))
+        assert cuda.log[-1] == "device 0" and {os.environ[name] for name in LOCAL_RANKS} == {"0"}
+        os.environ.update(LLAMA_DS_BACKEND="gloo", LOCAL_WORLD_SIZE="3")  # they share it
+        for rank in (1, 2):
+            world.join(world.RankInfo(rank, 3, rank))
+        assert asked["name"] == "gloo" and cuda.log[-1] == "device 0" and world.device_memory(DEVICE) == MEMORY // 3
+
+
+def case_messages_of_ranks_that_share_a_device(cuda: FakeCuda, folder: Path) -> None:
+    """The fake gloo refuses tensors on the device; what is received is written on the stream that waits."""
+    x, received = (torch.zeros(2, 3, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    with mock.patch.dict("os.environ", LLAMA_DS_BACKEND="gloo"), fake_ranks(cuda, 2):
+        sent, *posted = messages.send(x, 1, None), messages.receive(received, 1, None)
+        posted += messages.exchange([(received, 1)], [(x, 1)], None)
+        cuda.operators.clear()
+        with cuda.on(other := cuda.stream("other")):
+            other.wait_stream(cuda.streams[0])
+            for handle in (sent, *posted):
+                handle.wait()
+            received.add_(1)
+        cuda.current.wait_stream(other)
+        assert "copy_" in cuda.operators
+        config = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        stock = small_run("parallel.pp=2", "parallel.schedule=deepspeed")
+        with (
+            mock.patch.object(build.deepspeed, "init_distributed", lambda verbose: None),
+            mock.patch.object(build, "check_values", lambda *_: None),
+            pytest.raises(UserError, match=r"parallel.schedule = deepspeed: .* LLAMA_DS_BACKEND chooses gloo"),
+        ):
+            build.build_engine(stock, resolve_layout(stock, 2), config, DEVICE)
 
 
 def case_an_engine_of_a_moment(cuda: FakeCuda, folder: Path) -> None:
@@ -346,6 +403,17 @@ def case_machine_gemm(cuda: FakeCuda, folder: Path) -> None:
     ):
         found = machine_rank.measure_computing(request, world.RankInfo(0, 1, 0), DEVICE)
     assert found["device"] == NAME and found["dtype"] == "bf16" and not found["host_computes"]
+
+
+def case_memory_beside_the_plan(cuda: FakeCuda, folder: Path) -> None:
+    """Of 6 MiB in use the allocator has 4, of which tensors had 3."""
+    layouts.forget_memory(DEVICE)
+    assert cuda.log == ["cache emptied", "peak reset"]
+    plan: Any = SimpleNamespace(memory=[SimpleNamespace(total=9.0, margin=2.0), SimpleNamespace(total=8.0, margin=3.0)])
+    found = memory_beside_plan(plan, layouts.measured_memory(DEVICE))
+    mib = 1 << 20
+    assert found == {"planned": 7.0, "planned_margin": 2.0, "measured": 3 * mib, "fragments": mib, "outside": 2 * mib,
+                     "margin_share": 3 * mib / MEMORY}  # fmt: skip
 
 
 def case_machine_comm(cuda: FakeCuda, folder: Path) -> None:

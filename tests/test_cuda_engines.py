@@ -12,11 +12,17 @@ from functools import cache
 
 import pytest
 
+from llama_ds.job.devices import BACKEND
 from tests import warm
 from tests.test_cuda_branches import RUN_FILE, SMALL
 
 FLASH = {"_flash_attention_forward", "_flash_attention_backward", "_fused_adamw_"}
 FP8 = ("model.intermediate_size=64", "compute.fp8=delayed", "compute.fp8_weight_gradients=true")
+ZB_V = (
+    *("parallel.pp=2", "parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.post_validation=true"),
+    "model.num_hidden_layers=4",
+)
+GLOO = {BACKEND: "gloo"}  # ranks that share a device
 # Ranks, overrides, and what a step calls beside `FLASH`.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "zero1": (1, ("deepspeed=zero1_bf16.json",), {"all_reduce"}),
@@ -29,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
         {"all_gather", "reduce_scatter"},
     ),
     "ring": (2, ("parallel.cp=2", "parallel.cp_method=ring", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
+    "pipeline on one device": (2, (*ZB_V, "deepspeed=zero1_bf16.json"), {"send", "receive"}),
 }
 
 
@@ -38,6 +45,7 @@ def steps_of(ranks: int) -> dict[str, list[set[str]]]:
     names = [name for name, (size, *_) in LAYOUTS.items() if size == ranks]
     requests = [
         {"run": RUN_FILE, "rounds": 1, "steps": 1 + (name == "float8")}  # its second step has a history
+        | {"environment": GLOO if name.endswith("one device") else {}}
         | {"layouts": [[*SMALL, "training.global_batch=4", "compute.self_test=off", *LAYOUTS[name][1]]]}
         for name in names
     ]

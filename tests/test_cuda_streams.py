@@ -145,8 +145,12 @@ def test_weights_are_used_after_their_gather(two_ranks: FakeCuda) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_layer_and_the_loss_wait_for_their_collectives(policy: str, deferred: bool, two_ranks: FakeCuda) -> None:
-    """Sequence parallelism over two ranks, in bf16: two layers, one after the other, and the fused loss."""
-    tp = GroupTensorParallel(dist.new_group([0, 1]), True)
+    """Sequence parallelism over two ranks, in bf16: two layers, one after the other, and the fused loss.
+
+    Where weight gradients are deferred, layers cut their tokens into chunks.
+    """
+    tp = GroupTensorParallel(dist.new_group([0, 1]), True, chunks=4 if deferred else 1)
+    assert tp.chunks_of(ROWS * T // 2) == (4 if deferred else 1)
     context = LayerContext(MODEL, 7, tp, CausalAttention("sdpa"), RotaryTables(MODEL, T))
     with DEVICE:
         layers = [ManualBackwardLayer(context, i, policy, first=i == 0).to(DEVICE, torch.bfloat16) for i in range(2)]

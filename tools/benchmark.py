@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmark against other libraries: steps, layers, data, checkpoints, evaluation; context parallelism; bit flips."""
+"""Benchmark against other libraries: steps, layers, data, checkpoints, evaluation; communication; bit flips."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ EXAMPLES = """examples:
   tools/benchmark.py checkpoint --folder /mnt/scratch --out measured.json
   tools/benchmark.py evaluation runs/quickstart/hf --out measured.json
   tools/benchmark.py context --ranks 2 --rate-mbit 200 --delay-ms 0.5
+  tools/benchmark.py tensor --rate-mbit 500 --chunks 1 4
   tools/benchmark.py flips --flips 84 --clean 10000 --out found.json
 """
 DATA = """Build, read, open and resume data on this machine, with a fresh process for every measurement.
@@ -92,11 +93,15 @@ def parser() -> argparse.ArgumentParser:
     add_results(command)
     _add_evaluation_options(add("evaluation", evaluation, "scores and texts: ours, lm-eval, transformers, in fp32"))
     _add_context_options(add("context", context, "attention over rows that ranks share, by each method"))
+    _add_tensor_options(add("tensor", tensor, "waits of decoder layers for tensor-parallel collectives, by chunks"))
     command = add("flips", flips, "random bit flips in a small run, and which of them its checks find")
     command.add_argument("--ranks", type=whole(2), default=3, help="replicas (default: %(default)s)")
     command.add_argument("--flips", type=whole(), default=84, help="flips at each of 12 sites (default: %(default)s)")
     command.add_argument("--clean", type=whole(), default=1000, help="steps without flips (default: %(default)s)")
     command.add_argument("--seed", type=whole(0), default=0, help="(default: %(default)s)")
+    words = "time for them, after which there are fewer; 0: no limit (default: %(default)s)"
+    command.add_argument("--seconds", type=delay, default=0.0, help=words)
+    command.add_argument("--add", metavar="FILE", help="earlier results, to which these are added; needs another seed")
     add_results(command)
     return parser
 
@@ -123,11 +128,29 @@ def _add_context_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--heads", type=whole(), default=4, help="query heads (default: %(default)s)")
     command.add_argument("--kv-heads", type=whole(), default=4, help="key-value heads (default: %(default)s)")
     command.add_argument("--head-dim", type=whole(), default=64, help="(default: %(default)s)")
+    _add_links(command)
+    words = "neighbouring ranks with unlimited links to each other, as the GPUs of a node (default: %(default)s)"
+    command.add_argument("--node-ranks", type=whole(), default=1, help=words)
+
+
+def _add_tensor_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ranks", type=whole(), default=2, help="(default: %(default)s)")
+    command.add_argument("--layers", type=whole(), default=3, help="(default: %(default)s)")
+    command.add_argument("--hidden", type=whole(), default=1536, help="hidden size (default: %(default)s)")
+    command.add_argument("--rows", type=whole(), default=1, help="(default: %(default)s)")
+    command.add_argument("--seq-len", type=whole(), default=512, metavar="TOKENS", help="(default: %(default)s)")
+    words = "values of parallel.tp_chunks, compared with the first (default: 1 4)"
+    command.add_argument("--chunks", type=whole(), nargs="+", default=[1, 4], help=words)
+    words = "let products sleep for the time of this rate instead of multiplying, on a busy machine"
+    command.add_argument("--paced-gflops", type=size, metavar="GFLOPS", help=words)
+    command.add_argument("--deferred", action="store_true", help="a backward that defers weight gradients")
+    _add_links(command)
+
+
+def _add_links(command: argparse.ArgumentParser) -> None:
     words = "bandwidth of a link in each direction; every rank is a simulated host (needs root)"
     command.add_argument("--rate-mbit", type=size, help=words)
     command.add_argument("--delay-ms", type=delay, default=0.0, help="latency of a link in each direction")
-    words = "neighbouring ranks with unlimited links to each other, as the GPUs of a node (default: %(default)s)"
-    command.add_argument("--node-ranks", type=whole(), default=1, help=words)
     command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
     add_results(command)
 
@@ -255,14 +278,28 @@ def context(args: argparse.Namespace) -> Answer:
     return Answer(results, table(results))
 
 
+def tensor(args: argparse.Namespace) -> Answer:
+    """Measure exposed tensor-parallel communication."""
+    from llama_ds.benchmarks.tensor.run import TensorRequest, measure, table
+
+    request = TensorRequest(**{field.name: getattr(args, field.name) for field in fields(TensorRequest)})
+    request.check()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(request, Path(folder))
+    return Answer(results, table(results))
+
+
 def flips(args: argparse.Namespace) -> Answer:
     """Flip bits of a small run."""
     from llama_ds.benchmarks.flips.request import FlipRequest
-    from llama_ds.benchmarks.flips.run import measure, table
+    from llama_ds.benchmarks.flips.run import measure, read, table, together
 
     request = FlipRequest(**{field.name: getattr(args, field.name) for field in fields(FlipRequest)})
+    earlier = read(args.add, request) if args.add else None
     with tempfile.TemporaryDirectory() as folder:
         results = measure(request, Path(folder))
+    if earlier:
+        results = together(earlier, results)
     return Answer(results, table(results))
 
 

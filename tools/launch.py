@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.experiments import goodput
 from llama_ds.experiments.goodput import PHASES
-from llama_ds.experiments.goodput_report import as_data, as_text, remarks, timeline
+from llama_ds.experiments.goodput_report import as_data, as_metrics, as_text, remarks, timeline
 from llama_ds.experiments.records import read_run
 from llama_ds.job.devices import visible_devices
 from llama_ds.job.folder import VARIABLE, Job
@@ -53,12 +54,13 @@ from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.hang_detector import HangLimits
-from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.host_pool import HALF_LIFE_D, HostPool
 from llama_ds.launch.supervise.supervisor import LaunchSettings, ListedHosts, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
 from llama_ds.log import console_is_gone
 
+WINDOW_H = 24.0  # hours of the sliding share of effective training time
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --supervise --spares hostfiles/spares
@@ -149,12 +151,15 @@ def report_parser() -> argparse.ArgumentParser:
     parser.prog = f"{parser.prog} report"
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run, such as runs/NAME")
     parser.add_argument(
-        "--window-h", type=real(0, 1e5, above=True), default=24.0, help="window of the sliding share (%(default)s h)"
+        "--window-h",
+        type=real(0, 1e5, above=True),
+        default=WINDOW_H,
+        help="window of the sliding share (%(default)s h)",
     )
     parser.add_argument(
         "--half-life-d",
         type=real(0, 1e5, above=True),
-        default=7.0,
+        default=HALF_LIFE_D,
         help="days after which a host's strike counts half (default: %(default)s)",
     )
     parser.add_argument("--svg", metavar="FILE", help="write the timeline as a picture")
@@ -214,6 +219,7 @@ def launch(args: argparse.Namespace) -> int:
         examine=lambda hosts: preflight(args, wanted, hosts),
         print_line=print_line,
         read_hosts=lambda: hosts_of(args),
+        accounts=lambda: accounts_of(wanted.run_dir),
     )
     print_line(f"job folder: {supervisor.folder}")
     received = handle_signals(supervisor)
@@ -224,6 +230,13 @@ def launch(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
     finally:
         lock.release()
+
+
+def accounts_of(run_dir: str) -> dict[str, float]:
+    """Return metrics of a run's time, none before its first step."""
+    with suppress(Exception):  # no account of the past is worth the job
+        return as_metrics(goodput.goodput(read_run(run_dir), 86400 * HALF_LIFE_D), 3600 * WINDOW_H)
+    return {}
 
 
 def hosts_of(args: argparse.Namespace) -> ListedHosts:

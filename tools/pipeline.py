@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pp", type=whole(), default=4)
     parser.add_argument("--tp", type=whole(), default=1)
     parser.add_argument("--dp", type=whole(), default=1)
-    words = "zb_h1+2: with extra_warmup 2 (default: %(default)s)"
+    words = "zb_v+2:early: with extra_warmup 2 and post_validation (default: %(default)s)"
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, metavar="NAME", help=words)
     parser.add_argument(
         "--micro-batches", type=whole(), default=8, help="micro-batches per rank (default: %(default)s)"
@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate-mbit", type=size, help="bandwidth of a link in each direction")
     parser.add_argument("--delay-ms", type=delay, default=0.0, help="latency of a link in each direction")
     parser.add_argument("--repeats", type=whole(), default=7, help="timed steps per schedule (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(), default=1, help="steps of a turn, between barriers (default: 1)")
+    words = "milliseconds of a rank's forward, input and weight backward of a micro-batch; ranks sleep the rest"
+    parser.add_argument("--pace", nargs=3, type=delay, metavar=("F", "B", "W"), help=words)
     words = "parallel.pass_times of zb_v, v_half and v_min, as tools/profile_run.py analyse prints them"
     parser.add_argument("--pass-times", nargs="+", type=whole(0), metavar="N", help=words)
     add_results(parser)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llama_ds.config.schema import BatchStage, RunConfig
     from llama_ds.config.schema_data import RowStage
 
-_SIZES = ("cp", "cp_method", "cp_all_to_all", "micro_batch")  # keys of a stage that stand for those of `parallel`
+STAGE_SIZES = ("cp", "cp_method", "cp_all_to_all", "micro_batch")  # keys of a stage that stand for those of `parallel`
 SEQ_LEN = "{seq_len}"  # in the path of a source: the row length of the stage
 
 
@@ -72,9 +72,9 @@ def first_step(run: RunConfig) -> int:
         if batch.global_batch == run.training.global_batch:
             return begin
         begin = batch.until_step or begin
-    mine = (run.data.seq_len, *(getattr(run.parallel, key) for key in _SIZES))
+    mine = (run.data.seq_len, *(getattr(run.parallel, key) for key in STAGE_SIZES))
     for stage in run.data.stages:
-        if (stage.seq_len, *(getattr(stage, key) for key in _SIZES)) == mine:
+        if (stage.seq_len, *(getattr(stage, key) for key in STAGE_SIZES)) == mine:
             break
         begin = stage.until_step or begin
     return begin
@@ -180,7 +180,7 @@ def _with_stage(run: RunConfig, index: int) -> RunConfig:
         rows = run.training.batch_stages[index].global_batch
         return replace(run, training=replace(run.training, global_batch=rows))
     stage, tokens = run.data.stages[index], run.data.seq_len
-    parallel = {key: value for key in _SIZES if (value := getattr(stage, key)) is not None}
+    parallel = {key: value for key in STAGE_SIZES if (value := getattr(stage, key)) is not None}
     return replace(
         run,
         data=replace(run.data, seq_len=stage.seq_len),

@@ -138,6 +138,22 @@ def _check_tensor_parallel(run: RunConfig) -> None:
         raise _error(
             run, f"data.seq_len = {seq_len} is not a multiple of parallel.tp = {tp}, as sequence_parallel needs"
         )
+    chunks = run.parallel.tp_chunks
+    if chunks == 1:
+        return
+    if run.compute.decoder_layer == "autograd":
+        raise _error(
+            run,
+            f"parallel.tp_chunks = {chunks} needs compute.decoder_layer = manual_backward; set it to 1 with "
+            "autograd, which waits for each collective at once",
+        )
+    tokens = seq_len // run.parallel.cp // (tp if run.parallel.sequence_parallel else 1)
+    if tokens % chunks:
+        raise _error(
+            run,
+            f"parallel.tp_chunks = {chunks} does not divide the {tokens} tokens of a row that a rank has; use "
+            f"{listed(near_divisors(tokens, chunks))}",
+        )
 
 
 def _check_pipeline(run: RunConfig) -> None:
@@ -171,6 +187,12 @@ def _check_autograd_layer(run: RunConfig) -> None:
     parallel = run.parallel
     if run.compute.decoder_layer != "autograd":
         return
+    if parallel.joint_weight_gradients > 1:
+        raise _error(
+            run,
+            f"parallel.joint_weight_gradients = {parallel.joint_weight_gradients} defers weight gradients, which "
+            "compute.decoder_layer = autograd cannot; use manual_backward, or 1",
+        )
     if parallel.pp > 1 and parallel.schedule in DEFERRING:
         raise _error(
             run,

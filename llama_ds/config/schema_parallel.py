@@ -138,5 +138,32 @@ class ParallelConfig(Section):
         ),
     ] = False
 
+    tp_chunks: Annotated[
+        int,
+        Key(
+            "Chunks into which decoder layers cut their tokens, so that tensor-parallel collectives of one chunk "
+            "overlap the matrix products of others: in the forward, and in the backward where the schedule defers "
+            "weight gradients, which otherwise overlap them. Smaller products are slower; `plan.py` says what pays.",
+            "chunks",
+            POSITIVE,
+            rule="More than 1 needs tp > 1 and `compute.decoder_layer: manual_backward`; divides `data.seq_len`, "
+            "divided by `cp`, and by tp under `sequence_parallel`.",
+            most=64,
+        ),
+    ] = 1
+
+    joint_weight_gradients: Annotated[
+        int,
+        Key(
+            "Micro-batches of a stage whose weight gradients are one product, which is added to the fp32 buffers once. "
+            "Above 1 every backward is split, and a rank holds the inputs of so many micro-batches' weight gradients. "
+            "Matrices for which copying these side by side moves more bytes than it saves are multiplied one by one.",
+            "micro-batches",
+            POSITIVE,
+            rule="Above 1 for pp > 1 with `compute.decoder_layer: manual_backward`, not for schedule deepspeed.",
+            most=64,
+        ),
+    ] = 1
+
     def check(self) -> None:
         check_parallel(self)

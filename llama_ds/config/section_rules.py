@@ -143,6 +143,10 @@ def check_parallel(parallel: ParallelConfig) -> None:
         raise parallel.broken(
             "parallel.sequence_parallel = true shares rows over tp ranks and tp is 1; set it to false"
         )
+    if parallel.tp_chunks > 1 and tp == 1:
+        raise parallel.broken(
+            f"parallel.tp_chunks = {parallel.tp_chunks} overlaps the collectives of tp ranks and tp is 1; set it to 1"
+        )
     if parallel.cp == 1 and parallel.cp_method != "auto":
         raise parallel.broken(
             f"parallel.cp_method = {parallel.cp_method} shares rows over cp ranks and cp is 1; leave it out"
@@ -166,6 +170,11 @@ def check_parallel(parallel: ParallelConfig) -> None:
         raise parallel.broken(
             f"parallel.post_validation = true is for pp > 1 and schedule {listed(IN_A_V)}, whose first rank "
             f"has embedding and loss; set it to false with pp {pp} and {parallel.schedule}"
+        )
+    if parallel.joint_weight_gradients > 1 and (pp == 1 or parallel.schedule == STOCK_ENGINE):
+        raise parallel.broken(
+            f"parallel.joint_weight_gradients = {parallel.joint_weight_gradients} is for pp > 1 and this stack's own "
+            f"schedules; use 1 with pp {pp} and {parallel.schedule}"
         )
     _check_partition(parallel)
     _check_recompute(parallel)

@@ -55,6 +55,17 @@ def as_data(run: Goodput, window_s: float) -> dict[str, Any]:
     }
 
 
+def as_metrics(run: Goodput, window_s: float) -> dict[str, float]:
+    """Return the accounts as metrics of the run."""
+    found = {
+        "effective_share": run.effective,
+        "effective_share_sliding": run.sliding(window_s),
+        "failures": float(run.failures),
+        "lost_steps": float(run.lost_steps),
+    }
+    return found if run.mtbf_s is None else found | {"mtbf_s": run.mtbf_s}
+
+
 def as_text(run: Goodput, window_s: float) -> str:
     """Return the accounts as text."""
     lines = [

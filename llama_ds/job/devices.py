@@ -12,6 +12,7 @@ from llama_ds.errors import UserError
 
 VARIABLE = "LLAMA_DS_DEVICES"  # passes `encode`'s text to the ranks
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+BACKEND = "LLAMA_DS_BACKEND"  # "gloo" lets ranks share a device, which NCCL refuses
 _NONE = ("-", "NoDevFiles")  # values that begin like this hide all devices
 
 

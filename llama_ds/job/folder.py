@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Job:
     orphan_s: float  # a rank without a supervisor terminates after this time
     nic: str = ""  # interface for the ranks' traffic; "": the interface that routes to the first host
     started: float = 0.0  # when the job began, in seconds since the epoch; 0: unknown
+    accounts: dict[str, float] = field(default_factory=dict)  # metrics of the run's time until this attempt
 
     @property
     def world(self) -> int:

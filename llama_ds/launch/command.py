@@ -30,7 +30,7 @@ MAX_COMMAND = 2 * 1024 * 1024  # Linux: ARG_MAX, a quarter of the usual 8 MiB of
 # DeepSpeed exports every variable of the runner's environment with these prefixes; NCCL only if it finds CUDA.
 FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _EXPORTED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMPI_ALLOW_", "HF_HUB_OFFLINE", "CUDA_DEVICE_MAX_CONNECTIONS")
-_EXPORTED_NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
+_EXPORTED_NAMES = ("DS_ACCELERATOR", devices.BACKEND, "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
 _EQUAL_SLOTS = ("mpich", "impi", "slurm")
 _NEEDS_MASTER = ("openmpi", "slurm")  # DeepSpeed does not pass --master_addr to the ranks of these
 _SSH_ARGUMENTS = {  # the environment variable from which a launcher reads its ssh arguments

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.flops import layer_forward_flops
+from llama_ds.layout.joint_products import multiplied_jointly
 
 LOGSUMEXP_BYTES = 4
 
@@ -58,6 +59,20 @@ class LayerWork:
         queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         own = tokens * (2 * queries + 2 * keys + 3 * model.intermediate_size) // self.tp
         return (4 * tokens * model.hidden_size + own) * self.element_bytes
+
+    def joint_factor_bytes(self, micro_batches: int) -> int:
+        """Return the bytes of the largest factors of a weight gradient that is computed for `micro_batches` at once."""
+        model = self.model
+        tokens = self.micro_batch * self.seq_len // self.cp
+        queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        hidden, inner = model.hidden_size, model.intermediate_size // self.tp
+        matrices = [((queries + 2 * keys) // self.tp, hidden), (hidden, queries // self.tp), (2 * inner, hidden)]
+        return max(
+            micro_batches * tokens * (outputs + inputs) * self.element_bytes
+            if multiplied_jointly(tokens, outputs, inputs, micro_batches, self.element_bytes)
+            else 0
+            for outputs, inputs in (*matrices, (hidden, inner))
+        )
 
     def recomputed_flops(self, policy: str) -> float:
         """Return the FLOPs per token, over all tensor-parallel ranks, that the backward recomputes.

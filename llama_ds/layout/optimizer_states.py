@@ -16,6 +16,7 @@ MASTER = "fp32"  # the master weight; in fp32 runs, and with masters in bf16, it
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 COMPENSATION = "compensation"  # what a bf16 master lacks of the exact weight (Kahan)
 FP32_BYTES, BF16_BYTES = 4, 2
+CHUNK = 4 << 20  # elements that are updated at once: temporaries of 16 MiB each
 
 
 @dataclass(frozen=True)

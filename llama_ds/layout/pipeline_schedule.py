@@ -22,6 +22,7 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
         parallel.virtual_stages,
         parallel.extra_warmup,
         parallel.pass_times,
+        parallel.joint_weight_gradients,
     )
 
 
@@ -36,6 +37,7 @@ def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
         "virtual_stages": schedule.chunks,
         "extra_warmup": schedule.extra_warmup,
         "pass_times": schedule.pass_times,
+        "joint": schedule.joint,
         "micro_batches": layout.accumulation,
         **{f"{axis}_rank": at for axis, at in layout.coords(rank).named.items()},
     }

@@ -2,10 +2,11 @@
 
 With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this rank's ZeRO-1 shard of the optimizer
 states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5);
-`optimizer_states.py` has those of other optimizers and dtypes. Working memory is the larger of one layer's activations
-and their gradients, and the head's chunk of logits with its fp32 gradient; the buffers of pipeline messages come on
-top, and 2 bytes for each element of the decoder layers' matrices where these stay in float8 through a step, once along
-each dimension.
+`optimizer_states.py` has those of other optimizers and dtypes. Working memory is the largest of one layer's activations
+and their gradients, the head's chunk of logits with its fp32 gradient, and the factors of a weight gradient that is
+computed for several micro-batches at once. The buffers of pipeline messages come on top, and 2 bytes for each element
+of the decoder layers' matrices where these stay in float8 through a step, once along each dimension. Muon's whole
+matrices take the place of activations and working memory, which its step follows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.loss_chunks import chunk_tokens
+from llama_ds.layout.matrix_memory import SUB_GROUP, MatrixStep, muon_bytes
 from llama_ds.layout.optimizer_states import states_of
-from llama_ds.layout.partition import stage_boundaries, stage_roles
+from llama_ds.layout.partition import decoder_layers, stage_boundaries, stage_roles
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.layout.weights import Role
@@ -32,11 +35,16 @@ class RankMemory:
     gradients: int
     optimizer: int
     working: int
+    matrices: int  # held in the step of Muon instead of activations and working memory
 
     @property
     def fixed(self) -> int:
         """The sum: all memory except saved activations."""
         return self.weights + self.gradients + self.optimizer + self.working
+
+    def peak(self, activations: int) -> int:
+        """Return the most that the rank holds at a time, with its saved `activations`."""
+        return self.fixed - self.working + max(self.working + activations, self.matrices)
 
 
 def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[RankMemory]:
@@ -52,13 +60,13 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         chunk * vocab * element_bytes + 4 * vocab * model.hidden_size + 2 * tokens * model.hidden_size * element_bytes
     )
     message = work.saved_bytes("full")
-    found = []
+    layers, found = decoder_layers(stage_boundaries(run)), []
     for rank in range(layout.pp):
         own = [placement.stage(rank, c) for c in range(placement.chunks)]
         by_role = sum((parameters[stage] for stage in own), Counter())
         held = by_role.total()
         has_head = placement.stages - 1 in own
-        working = max(2 * work.saved_bytes("none"), head if has_head else 0)
+        working = max(2 * work.saved_bytes("none"), head if has_head else 0, work.joint_factor_bytes(schedule.joint))
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
         copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0
@@ -66,8 +74,21 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
             states += states + (element_bytes * held if element_bytes == 4 else 0)
         states //= layout.data_axis
-        found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages + copies))
+        matrices = _matrices(run, layout, sum(layers[stage] for stage in own), element_bytes)
+        found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages + copies, matrices))
     return found
+
+
+def _matrices(run: RunConfig, layout: Layout, layers: int, element_bytes: int) -> int:
+    """Return the bytes of the exchange of whole matrices on the fullest rank of a position with these layers."""
+    if run.optimizer.name != "muon":
+        return 0
+    ours = layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE
+    group = run.deepspeed.get("zero_optimization", {}).get("sub_group_size", SUB_GROUP)
+    step = MatrixStep(
+        run.model, layout.data_axis, layout.tp, layers, element_bytes, run.zero_stage, by_layer=ours, sub_group=group
+    )
+    return muon_bytes(step)
 
 
 def keeps_fp8_weights(run: RunConfig, layout: Layout) -> bool:

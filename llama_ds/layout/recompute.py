@@ -112,6 +112,8 @@ def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
 
 def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tuple[str, ...]:
     """Return the policies of a stage's equal layers with the least recompute within `budget` bytes, by full search."""
+    if kept_bytes(work, {"none": layers}, held) <= budget:
+        return ("none",) * layers
     best: tuple[float, tuple[str, ...]] | None = None
     for full in range(layers + 1):
         for selective in range(layers + 1 - full):

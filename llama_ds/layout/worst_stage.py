@@ -25,9 +25,9 @@ def worst_stage(run: RunConfig, world: int, element_bytes: int) -> RunConfig:
 
 
 def peak_bytes(run: RunConfig, layout: Layout, element_bytes: int) -> int:
-    """Return the bytes of the fullest rank: weights, gradients, optimizer, working memory and kept activations."""
+    """Return the most bytes that the fullest rank holds at a time, all that `rank_memory` counts and activations."""
     placement, stages = schedule_of(run, layout).placement, stage_policies(run, layout, element_bytes)
     return max(
-        held.fixed + sum(stages[placement.stage(rank, chunk)].saved_bytes for chunk in range(placement.chunks))
+        held.peak(sum(stages[placement.stage(rank, chunk)].saved_bytes for chunk in range(placement.chunks)))
         for rank, held in enumerate(rank_memory(run, layout, element_bytes))
     )

@@ -19,6 +19,7 @@ from llama_ds.layout.mup import initial_factor
 from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cached_layer import cached_forward
+from llama_ds.model.chunked_products import GathersAhead
 from llama_ds.model.context_parallel import ContextParallel, WholeRows, rows_of_its_own
 from llama_ds.model.init import initial_shard
 from llama_ds.model.key_value_cache import CacheHolder
@@ -48,6 +49,7 @@ class LayerContext:
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     products: Products = field(default_factory=PlainProducts)  # for the hand-written backward
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
+    gathers_ahead: GathersAhead = field(default_factory=GathersAhead)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
     caches: CacheHolder = field(default_factory=CacheHolder)  # for the generation of text
 
@@ -59,6 +61,16 @@ class LayerContext:
         """
         with no_sequence_parallel(self.tp), rows_of_its_own(self.cp):
             yield
+
+    @contextmanager
+    def products_of_the_run(self) -> Iterator[None]:
+        """Let layers multiply in the dtype of the run inside, whatever `compute.fp8` says of training."""
+        before = self.products
+        vars(self)["products"] = PlainProducts()
+        try:
+            yield
+        finally:
+            vars(self)["products"] = before
 
     def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
         """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.

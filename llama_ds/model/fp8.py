@@ -22,7 +22,7 @@ from torch import Tensor
 from llama_ds.errors import UserError
 from llama_ds.model.linear import ShardedLinear, stacked
 from llama_ds.model.pointwise import compiled_for
-from llama_ds.model.products import Stateless, column_bias
+from llama_ds.model.products import Stateless, column_bias, written
 from llama_ds.model.tensor_parallel import TensorParallel
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
@@ -67,13 +67,13 @@ class Fp8Products(Stateless):
     def __init__(self, tp: TensorParallel, weights: QuantisedWeights) -> None:
         self.tp, self.weights = tp, weights
 
-    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
+    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
         y = self._product(x, FORWARD, layers, transposed=False)
         bias = column_bias(layers)
-        return y if bias is None else y.add_(bias)
+        return written(y if bias is None else y.add_(bias), out)
 
-    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
-        return self._product(grad, GRADIENT, layers, transposed=True)
+    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+        return written(self._product(grad, GRADIENT, layers, transposed=True), out)
 
     def end_step(self) -> None:
         self.weights.forget()

@@ -32,7 +32,7 @@ from llama_ds.model.fp8 import (
 )
 from llama_ds.model.linear import ShardedLinear, stacked
 from llama_ds.model.pointwise import compiled_for
-from llama_ds.model.products import column_bias
+from llama_ds.model.products import column_bias, written
 from llama_ds.model.tensor_parallel import TensorParallel
 
 HISTORY = 16  # steps
@@ -73,21 +73,21 @@ class DelayedProducts:
     def training(self, value: bool) -> None:
         self._by_rows.training = value
 
-    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
+    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
         self._note(layers, _INPUT, x)
         if self._powers is None:
             self._note(layers, _WEIGHT, _stack(layers))
-            return self._by_rows.outputs(x, layers)
+            return self._by_rows.outputs(x, layers, out)
         y = multiply(self._quantised(layers, _INPUT, x, FORWARD), self._weight(layers, transposed=False), x.dtype)
         bias = column_bias(layers)
-        return y if bias is None else y.add_(bias)
+        return written(y if bias is None else y.add_(bias), out)
 
-    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
+    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
         self._note(layers, _GRADIENT, grad)
         if self._powers is None:
-            return self._by_rows.input_gradients(grad, layers)
+            return self._by_rows.input_gradients(grad, layers, out)
         factor = self._quantised(layers, _GRADIENT, grad, GRADIENT)
-        return multiply(factor, self._weight(layers, transposed=True), grad.dtype)
+        return written(multiply(factor, self._weight(layers, transposed=True), grad.dtype), out)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor | None:
         if not self._weight_gradients or self._powers is None:

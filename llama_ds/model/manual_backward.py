@@ -20,7 +20,9 @@ bytes):
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,16 @@ from torch.autograd.function import Function, once_differentiable
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Statistics
 from llama_ds.model.cached_layer import cached_forward
+from llama_ds.model.chunked_products import (
+    Gathering,
+    Multiply,
+    NormBackward,
+    Reduction,
+    cut,
+    gather,
+    joined,
+    multiply_gathered,
+)
 from llama_ds.model.decoder import DecoderLayer, Hidden, LayerContext
 from llama_ds.model.linear import ShardedLinear, lay_together
 from llama_ds.model.pointwise import (
@@ -74,6 +86,8 @@ class ManualBackwardLayer(DecoderLayer):
         self.first = first
         self.kernel = kernel_over(context.cp, context.attention.name)
         self.weight_grads = LayerWeightGradients(context.weight_gradients, context.products)
+        # Whether the backward cuts its tokens into chunks; None: where weight gradients are deferred.
+        self.cuts_backward: bool | None = None
         self.recomputes_early = False  # True (policy full only): recompute_oldest() runs before every backward
         self._outstanding: deque[Any] = deque()  # autograd contexts of forwards with a pending backward
         self._recording = False
@@ -100,9 +114,9 @@ class ManualBackwardLayer(DecoderLayer):
         for modules in (self.wide_attention, self.wide_mlp):
             lay_together([m.weight for m in modules])
 
-    def run_deferred_wgrad(self) -> None:
-        """Compute the matrices' gradients of the oldest deferred micro-batch (`WeightGradients.deferred`)."""
-        self.weight_grads.run_oldest()
+    def run_deferred_wgrad(self, micro_batches: int = 1) -> None:
+        """Compute the matrices' gradients of the oldest deferred micro-batches (`WeightGradients.deferred`)."""
+        self.weight_grads.run_oldest(micro_batches)
 
     @torch.no_grad()
     def recompute_oldest(self) -> None:
@@ -165,15 +179,17 @@ def forward(
 ) -> tuple[Tensor | None, Saved]:
     """Return y (B, S, D), or None without `output`, and what `policy` keeps. `backward` numbers the steps alike."""
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
-    products = layer.context.products
-    keep = policy == "none"
+    norm, mid_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    keep, width = policy == "none", x.shape[-1]
+    own = x.flatten(0, 1)  # (M, D)
+    count = tp.chunks_of(len(own))
 
     # 1. n = norm(x), gathered over the sequence
-    n = tp.start_gather(rms_norm(x, layer.input_layernorm.weight, eps))()
-    rows = n.shape[:2]
-    n = n.flatten(0, 1)
+    gathering = gather(tp, rms_norm(own, norm, eps), count)
     # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k
-    qkv = projected = products.outputs(n, layer.wide_attention).view(*rows, -1, attention.head_dim)
+    qkv = multiply_gathered(gathering, _outputs(layer, layer.wide_attention), _width(layer.wide_attention))
+    n = gathering.whole()
+    qkv = projected = qkv.view(len(x), -1, qkv.shape[1] // attention.head_dim, attention.head_dim)
     if attention.q_norm is None:
         qkv = projected = _rotate_queries_and_keys(layer, qkv)
     else:
@@ -182,18 +198,27 @@ def forward(
     # 3. o = attention(q, k, v)
     out, statistics = layer.kernel.forward(q, k, v, documents)
     # 4. m = x + o W_o^T, summed over ranks
-    mid = _output_projection(layer, out)
-    mid = _add_residual(tp.start_reduce(mid)(), x, attention.o_proj)
     # 5. l = norm(m), gathered over the sequence
-    normed_mid = tp.start_gather(rms_norm(mid, layer.post_attention_layernorm.weight, eps))().flatten(0, 1)
     # 6. [g | u] = l [W_gate | W_up]^T, a = silu(g) u
-    gate_up = products.outputs(normed_mid, layer.wide_mlp)
+    residuals = cut(own, count)
+    mids = Reduction(tp, out.flatten(2).flatten(0, 1), _outputs(layer, (attention.o_proj,)), width, count)
+    gathering = Gathering(tp, len(own), count)
+
+    def pass_on(i: int) -> None:
+        gathering.issue(rms_norm(_add_residual(mids.chunk(i), residuals[i], attention.o_proj), mid_norm, eps))
+
+    mids.issue_all(pass_on, early=False)
+    gate_up = multiply_gathered(
+        gathering, _outputs(layer, layer.wide_mlp), _width(layer.wide_mlp), pass_on, early=False
+    )
+    mid, normed_mid = mids.whole().view_as(x), gathering.whole()
     product = swiglu(gate_up)
     # 7. y = m + a W_down^T, summed over ranks
     y = None
     if output:
-        y = tp.start_reduce(products.outputs(product, (mlp.down_proj,)).view(*rows, -1))()
-        y = _add_residual(y, mid, mlp.down_proj)
+        sums = Reduction(tp, product, _outputs(layer, (mlp.down_proj,)), width, count)
+        sums.issue_all()
+        y = _add_residual(sums.whole().view_as(x), mid, mlp.down_proj)
 
     if policy == "full":
         return y, Saved(x)
@@ -219,34 +244,46 @@ def backward(
     norm, mid_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
     x, qkv, out, gate_up = saved.x, saved.qkv, saved.out, saved.gate_up
     assert qkv is not None and out is not None and gate_up is not None
-    products, weight_grads = layer.context.products, layer.weight_grads
-    gathered_shape = (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
+    weight_grads, width = layer.weight_grads, x.shape[-1]
+    own = x.flatten(0, 1)  # (M, D)
+    # Weight gradients hide the collectives of all tokens; where they are deferred, chunks hide each other's.
+    cuts = weight_grads.deferred if layer.cuts_backward is None else layer.cuts_backward
+    count = tp.chunks_of(len(own)) if cuts else 1
 
     # For a bias b of a product dy: db = sum over tokens of dy.
     # 7. dm = dy (the residual), da = dy W_down, dW_down = dy^T a
-    gathering = tp.start_gather(grad_y)
+    grad_own = grad_y.flatten(0, 1)
+    gathering = layer.context.gathers_ahead.take(grad_y) or gather(tp, grad_own, count)
     mid = saved.mid
     if mid is None:  # recompute step 4
         mid = _add_residual(_output_projection(layer, out), x, attention.o_proj)
     normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
-    gathered_grad_y = gathering().flatten(0, 1)
-    grad_product = products.input_gradients(gathered_grad_y, (mlp.down_proj,))
+    grad_product = multiply_gathered(
+        gathering, _input_gradients(layer, (mlp.down_proj,)), mlp.down_proj.weight.shape[1]
+    )
+    gathered_grad_y = gathering.whole()
     # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g);
     #    dl = [dg | du] [W_gate | W_up], d[W_gate | W_up] = [dg | du]^T l
     grad_gate_up, product = swiglu_backward(grad_product, gate_up, saved.product)
     del grad_product
-    reducing = tp.start_reduce(products.input_gradients(grad_gate_up, layer.wide_mlp).view(gathered_shape))
-    grad_down_weight = weight_grads.of((mlp.down_proj,), gathered_grad_y, product)  # 7. dW_down
     # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
-    grad_mid, grad_mid_norm = rms_norm_backward(reducing(), mid, mid_norm, eps, grad_y)
-    summing_mid_norm = tp.start_sum(grad_mid_norm)
     # 4. do = dm W_o, dW_o = dm^T o
-    gathering = tp.start_gather(grad_mid)
+    sums = Reduction(tp, grad_gate_up, _input_gradients(layer, layer.wide_mlp), width, count)
+    gathering, residuals = Gathering(tp, len(own), count), cut(grad_own, count)
+    mid_back = NormBackward(cut(mid.flatten(0, 1), count), mid_norm, eps, residuals)
+    pass_on = partial(_pass_on, sums, mid_back, gathering)
+    sums.issue_all(pass_on)
+    grad_down_weight = weight_grads.of((mlp.down_proj,), gathered_grad_y, product)  # 7. dW_down
+    if count == 1:
+        pass_on(0)
     grad_gate_up_weight = weight_grads.of(layer.wide_mlp, grad_gate_up, normed_mid)  # 6. d[W_gate | W_up]
     grad_gate_up_bias = bias_gradients(layer.wide_mlp, grad_gate_up)
     del grad_gate_up
-    gathered_grad_mid = gathering().flatten(0, 1)
-    grad_out = products.input_gradients(gathered_grad_mid, (attention.o_proj,)).view_as(out)
+    by_output = _input_gradients(layer, (attention.o_proj,))
+    grad_out = multiply_gathered(gathering, by_output, attention.o_proj.weight.shape[1], pass_on).view_as(out)
+    gathered_grad_mid = gathering.whole()
+    summing_mid_norm = tp.start_sum(mid_back.grad_weight)
+    del sums, pass_on
     # 3. dq, dk, dv of the attention: formulas in `llama_ds.model.attention_kernels`
     heads = qkv if attention.q_norm is None else _rotate_queries_and_keys(layer, _normed_heads(layer, qkv))
     q, k, v = _split_heads(layer, heads)
@@ -257,14 +294,20 @@ def backward(
     del grads_q_k_v, grad_out, heads, q, k, v
     grad_qkv, grad_head_norms = _normed_heads_backward(layer, grad_qkv, qkv)
     grad_qkv = grad_qkv.flatten(2).flatten(0, 1)
-    reducing = tp.start_reduce(products.input_gradients(grad_qkv, layer.wide_attention).view(gathered_shape))
+    # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
+    sums = Reduction(tp, grad_qkv, _input_gradients(layer, layer.wide_attention), width, count)
+    ahead = Gathering(tp, len(own), count) if tp.sequence_parallel and not layer.first else None
+    back = NormBackward(cut(own, count), norm, eps, mid_back.grads)
+    pass_on = partial(_pass_on, sums, back, ahead)
+    sums.issue_all(pass_on)
     grad_o_weight = weight_grads.of((attention.o_proj,), gathered_grad_mid, out.flatten(2).flatten(0, 1))  # 4. dW_o
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
-    # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
-    grad_x, grad_norm = rms_norm_backward(reducing(), x, norm, eps, grad_mid)
-    if not layer.first:
-        tp.gather_ahead(grad_x)
-    summing_norm = tp.start_sum(grad_norm)
+    for i in range(len(back.grads), count):
+        pass_on(i)
+    grad_x = joined(back.grads).view_as(x)
+    if ahead:
+        layer.context.gathers_ahead.put(grad_x, ahead)
+    summing_norm = tp.start_sum(back.grad_weight)
     grad_qkv_weight = weight_grads.of(layer.wide_attention, grad_qkv, normed_x)  # 2. d[W_q | W_k | W_v]
     weight_grads.end_micro_batch()
     grad_biases = [
@@ -276,6 +319,25 @@ def backward(
     grad_norms = [total().to(norm.dtype) for total in (summing_norm, summing_mid_norm)]
     grad_matrices = [*grad_qkv_weight, *grad_o_weight, *grad_gate_up_weight, *grad_down_weight]
     return grad_x, [*grad_matrices, *grad_norms, *grad_biases, *grad_head_norms]
+
+
+def _pass_on(sums: Reduction, back: NormBackward, gathering: Gathering | None, i: int) -> None:
+    """Wait for chunk i of an input gradient, continue behind the norm, and issue the gather for the product there."""
+    grad = back.chunk(sums.chunk(i))
+    if gathering:
+        gathering.issue(grad)
+
+
+def _outputs(layer: ManualBackwardLayer, modules: Sequence[ShardedLinear]) -> Multiply:
+    return lambda x, out: layer.context.products.outputs(x, modules, out)
+
+
+def _input_gradients(layer: ManualBackwardLayer, modules: Sequence[ShardedLinear]) -> Multiply:
+    return lambda grad, out: layer.context.products.input_gradients(grad, modules, out)
+
+
+def _width(modules: Sequence[ShardedLinear]) -> int:
+    return sum(len(module.weight) for module in modules)
 
 
 def _output_projection(layer: ManualBackwardLayer, out: Tensor) -> Tensor:

@@ -20,11 +20,14 @@ class Products(Protocol):
 
     training: bool  # whether the forward that runs is one of training, which a backward follows
 
-    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
-        """Return x W^T, with the biases of column-parallel layers: (N, I) -> (N, O). Not differentiable."""
+    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+        """Return x W^T, with the biases of column-parallel layers: (N, I) -> (N, O). Not differentiable.
 
-    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
-        """Return dL/dx = dL/dy W of `outputs`: (N, O) -> (N, I)."""
+        It is written to `out` if given.
+        """
+
+    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+        """Return dL/dx = dL/dy W of `outputs`: (N, O) -> (N, I), written to `out` if given."""
 
     def weight_gradient(self, grad: Tensor, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor | None:
         """Return dL/dW (O, I) = dL/dy^T x in float32; None: it is an ordinary product (`weight_gradients.py`)."""
@@ -60,15 +63,20 @@ class Stateless:
 class PlainProducts(Stateless):
     """Products in the dtype of the tensors."""
 
-    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
+    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
         weight, bias = stacked([layer.weight for layer in layers]).t(), column_bias(layers)
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 
-    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
-        return grad @ stacked([layer.weight for layer in layers])
+    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+        return torch.mm(grad, stacked([layer.weight for layer in layers]), out=out)
 
 
 def column_bias(layers: Sequence[ShardedLinear]) -> Tensor | None:
     """Return the biases of column-parallel layers side by side; None without, and for row-parallel layers."""
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None and layer.cut == 0]
     return torch.cat(biases) if biases else None
+
+
+def written(y: Tensor, out: Tensor | None) -> Tensor:
+    """Return y, copied to `out` if given, for products that cannot write to it themselves."""
+    return y if out is None else out.copy_(y)

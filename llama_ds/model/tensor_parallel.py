@@ -1,6 +1,10 @@
 """The interface of tensor parallelism that the model uses, and its implementation for a single rank.
 
 Shapes: B rows, T tokens of a row, D hidden size, tp ranks of the group, S = T / tp under sequence parallelism, else T.
+N = B * T and M = B * S tokens as rows of a matrix. Under sequence parallelism the N tokens are cut into chunks, and
+each chunk into tp parts, one for each rank: a rank's M tokens are its parts of all chunks. The gather of a part is then
+a chunk of the whole, in order, and a layer can multiply it while another travels (`chunked_products.py`).
+
 The collectives are in `llama_ds.parallel.tensor_parallel`; this module does not depend on process groups.
 """
 
@@ -21,6 +25,9 @@ class TensorParallel(Protocol):
     rank: int
     size: int
     sequence_parallel: bool
+
+    def chunks_of(self, tokens: int) -> int:
+        """Return into how many chunks M or N `tokens` are cut; 1 if they cannot be."""
 
     def enter(self, x: Tensor) -> Tensor:
         """Give every rank the full input of a column-parallel matrix: (B, S, D) -> (B, T, D).
@@ -43,11 +50,20 @@ class TensorParallel(Protocol):
     def start_gather(self, x: Tensor) -> Pending:
         """Issue the gather of `enter`'s forward and `leave`'s backward: (B, S, D) -> (B, T, D). Not differentiable."""
 
-    def gather_ahead(self, x: Tensor) -> None:
-        """Issue the gather of x early; the next `start_gather` of x returns the one in flight."""
-
     def start_reduce(self, x: Tensor) -> Pending:
         """Issue the sum of `leave`'s forward and `enter`'s backward: (B, T, D) -> (B, S, D); it may overwrite x."""
+
+    def gather_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
+        """Issue `start_gather` for a rank's parts x of so many chunks: (M, D) -> (N, D), written to `out` if given.
+
+        Without sequence parallelism the result is x.
+        """
+
+    def reduce_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
+        """Issue `start_reduce` for so many chunks x: (N, D) -> (M, D), written to `out` if given.
+
+        Without sequence parallelism the result is x, summed in place.
+        """
 
     def start_sum(self, x: Tensor) -> Pending:
         """Issue the sum over ranks of a replicated weight's gradient; the identity without sequence parallelism."""
@@ -75,13 +91,18 @@ class SingleRank:
     def replicated(self, weight: Tensor) -> Tensor:
         return weight
 
+    def chunks_of(self, tokens: int) -> int:
+        return 1
+
     def start_gather(self, x: Tensor) -> Pending:
         return lambda: x
 
     start_reduce = start_sum = start_gather
 
-    def gather_ahead(self, x: Tensor) -> None:
-        pass
+    def gather_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
+        return lambda: x
+
+    reduce_tokens = gather_tokens
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         return x

@@ -6,15 +6,28 @@ Shapes: N tokens, (O, I) a matrix; dL/dW = dY^T X for Y = X W^T with dY (N, O) a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from llama_ds.layout.joint_products import multiplied_jointly
 from llama_ds.model.linear import ShardedLinear, adjacent
 from llama_ds.model.products import Products
 
 Work = tuple[Sequence[ShardedLinear], Tensor, Tensor]  # linear layers that share X, dY, X
+
+
+class Share(NamedTuple):
+    """Micro-batches that a product is for, of those that are computed together."""
+
+    micro_batches: int = 1
+    last: bool = True  # whether it includes the last of them
+
+
+_ONE = Share()
 
 
 class WeightGradients:
@@ -23,18 +36,19 @@ class WeightGradients:
     def __init__(self) -> None:
         # Returns the buffer, of the matrix's shape, in which its gradient accumulates; None: autograd gets it.
         self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
-        # Called for each matrix after a micro-batch's gradient was added to its buffer.
+        # Called for each matrix after a micro-batch's gradient, or those of several, were added to its buffer.
         self.added: Callable[[nn.Parameter], None] = lambda parameter: None
-        # Called before it with the matrix and its buffer.
-        self.observers: list[Callable[[nn.Parameter, Tensor], None]] = []
+        # Called before it with the matrix, its buffer, and the number of micro-batches that were added at once.
+        self.observers: list[Callable[[nn.Parameter, Tensor, int], None]] = []
         self.deferred = False  # True: layers queue the work until their run_deferred_wgrad() is called
 
     def compute(
-        self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor, products: Products
+        self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor, products: Products, share: Share = _ONE
     ) -> Sequence[Tensor | None]:
         """Compute dY^T X for linear layers that share X, as one product; return their gradients, None where added.
 
-        `grad` is the concatenation of their output gradients: (N, sum of O).
+        `grad` is the concatenation of their output gradients: (N, sum of O). The tokens may be those of several
+        micro-batches.
         """
         weights = [module.weight for module in modules]
         rows, computed = [len(w) for w in weights], products.weight_gradient(grad, x, modules)
@@ -51,7 +65,7 @@ class WeightGradients:
             for buffer, part in zip(buffers, grad.split(rows, 1), strict=True):
                 add_product(buffer, part, x)
         for weight, buffer in zip(weights, buffers, strict=True):
-            self._has_added(weight, buffer)
+            self._has_added(weight, buffer, share)
         return [None] * len(weights)
 
     def add(self, weight: nn.Parameter, grad: Tensor, factor: Tensor | None) -> Tensor | None:
@@ -63,13 +77,14 @@ class WeightGradients:
             buffer.add_(grad)
         else:
             buffer.addcmul_(grad, factor)  # fused: the head's gradient is too large for a temporary
-        self._has_added(weight, buffer)
+        self._has_added(weight, buffer, _ONE)
         return None
 
-    def _has_added(self, weight: nn.Parameter, buffer: Tensor) -> None:
+    def _has_added(self, weight: nn.Parameter, buffer: Tensor, share: Share) -> None:
         for observe in self.observers:
-            observe(weight, buffer)
-        self.added(weight)
+            observe(weight, buffer, share.micro_batches)
+        if share.last:
+            self.added(weight)
 
 
 class LayerWeightGradients:
@@ -87,6 +102,11 @@ class LayerWeightGradients:
         self._current.append((modules, grad, x))
         return [None] * len(modules)
 
+    @property
+    def deferred(self) -> bool:
+        """Whether the running backward queues its work."""
+        return self._stage.deferred
+
     def end_micro_batch(self) -> None:
         """Close the backward of one micro-batch."""
         if self._stage.deferred:
@@ -98,13 +118,25 @@ class LayerWeightGradients:
         return len(self._deferred)
 
     @torch.no_grad()
-    def run_oldest(self) -> None:
-        """Compute and accumulate the gradients of the oldest deferred micro-batch."""
-        for modules, grad, x in self._deferred.popleft():
-            computed = self._stage.compute(modules, grad, x, self._products)
+    def run_oldest(self, micro_batches: int = 1) -> None:
+        """Compute and accumulate the gradients of the oldest deferred micro-batches, as one product where it pays."""
+        oldest = [self._deferred.popleft() for _ in range(micro_batches)]
+        for (modules, grad, x), share in chain.from_iterable(map(_joined, zip(*oldest, strict=True))):
+            computed = self._stage.compute(modules, grad, x, self._products, share)
             for weight, grad_weight in zip((m.weight for m in modules), computed, strict=True):
                 if grad_weight is not None:
                     weight.grad = grad_weight if weight.grad is None else weight.grad.add_(grad_weight)
+
+
+def _joined(works: Sequence[Work]) -> Iterator[tuple[Work, Share]]:
+    """Yield the products for the same linear layers in several micro-batches: one for all, or one for each."""
+    modules, grad, x = works[0]
+    if len(works) > 1 and multiplied_jointly(len(x), grad.shape[1], x.shape[1], len(works), x.element_size()):
+        _, grads, inputs = zip(*works, strict=True)
+        yield (modules, torch.cat(grads), torch.cat(inputs)), Share(len(works))
+        return
+    for i, work in enumerate(works, 1):
+        yield work, Share(last=i == len(works))
 
 
 def bias_gradients(modules: Sequence[ShardedLinear], grad: Tensor) -> list[Tensor]:

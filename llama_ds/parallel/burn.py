@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from llama_ds.job.heartbeat import interface_towards
-from llama_ds.parallel.world import finish, on_cuda
+from llama_ds.parallel.backend import on_cuda
+from llama_ds.parallel.world import finish
 
 GROUP_S = 20.0  # timeout for forming a group and for each of its all-reduces
 MEASURED_S, MIN_REPEATS, MAX_REPEATS = 0.5, 3, 50  # all-reduces that are measured

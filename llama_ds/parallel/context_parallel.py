@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_ds.config.context_parallel import CpSizes
 from llama_ds.model.tensor_parallel import Pending
+from llama_ds.parallel.messages import exchange
 from llama_ds.parallel.tensor_parallel import all_gather_flat
 from llama_ds.parallel.trace import Trace
 
@@ -34,13 +35,7 @@ class GroupContextParallel:
 
     def start_pass(self, x: Tensor) -> Pending:
         x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        # As one batch: NCCL would run a send before the receive that it waits for, and so would the neighbours. The
-        # receive comes first: gloo tells the sender of it, in a ring of two on the connection that our data fills.
-        messages = [
-            dist.P2POp(dist.irecv, received, self._previous, self.groups.ring),
-            dist.P2POp(dist.isend, x, self._next, self.groups.ring),
-        ]
-        handles = dist.batch_isend_irecv(messages)
+        handles = exchange([(received, self._previous)], [(x, self._next)], self.groups.ring)
         watched = self.trace.watch("cp", handles[0], x.nbytes)
 
         def wait() -> Tensor:

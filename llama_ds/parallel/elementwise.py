@@ -20,11 +20,9 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.optimizer_states import COMPENSATION, EXP_AVG, EXP_AVG_SQ, MASTER, states_of
+from llama_ds.layout.optimizer_states import CHUNK, COMPENSATION, EXP_AVG, EXP_AVG_SQ, MASTER, states_of
 from llama_ds.layout.weights import Role
 from llama_ds.parallel.bf16_masters import Positions, bf16_and_rest, positions_of, rounded_at_random
-
-CHUNK = 4 << 20  # elements that are updated at once: temporaries of 16 MiB each
 
 
 class Elementwise(torch.optim.AdamW):

@@ -9,6 +9,7 @@ import socket
 import psutil
 
 from llama_ds.errors import UserError, shortened
+from llama_ds.job.devices import BACKEND
 
 MOST_RANKS = 10**7
 ACCELERATORS = ("cuda", "cpu")
@@ -50,6 +51,11 @@ def check_others() -> None:
         raise UserError(
             f"environment: DS_ACCELERATOR = {shortened(repr(accelerator))} is not {' or '.join(ACCELERATORS)}; "
             "unset it to use what is there"
+        )
+    if os.environ.get(BACKEND, "gloo") != "gloo":
+        raise UserError(
+            f"environment: {BACKEND} = {shortened(repr(os.environ[BACKEND]))} is not gloo, which lets ranks share a "
+            "GPU; unset it for one rank on each"
         )
 
 

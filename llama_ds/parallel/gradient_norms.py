@@ -43,9 +43,10 @@ class LocalGradientNorm:
         )
 
     @torch.no_grad()
-    def _add(self, matrix: nn.Parameter, gradient: Tensor | None) -> None:  # None: an observer gets it later
+    def _add(self, matrix: nn.Parameter, gradient: Tensor | None, micro_batches: int = 1) -> None:
+        # gradient is None: an observer gets it later
         if not self._active or gradient is None or id(matrix) not in self._own:
             return
-        self._seen[id(matrix)] += 1
+        self._seen[id(matrix)] += micro_batches
         if self._seen[id(matrix)] == self._accumulation:
             self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))

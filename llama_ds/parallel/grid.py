@@ -35,11 +35,14 @@ def stage_group(layout: Layout) -> dist.ProcessGroup | None:
     return None if layout.stride("pp") == 1 else _own_group(layout, *AXES[AXES.index("pp") + 1 :])
 
 
-def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> TensorParallel:
-    """Return this rank's tensor-parallel communicator, with collectives recorded by `trace`. Collective."""
+def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace, chunks: int = 1) -> TensorParallel:
+    """Return this rank's tensor-parallel communicator, with collectives recorded by `trace`. Collective.
+
+    `chunks` is `parallel.tp_chunks`.
+    """
     if layout.tp == 1:
         return SingleRank()
-    return GroupTensorParallel(_own_group(layout, "tp"), sequence_parallel, trace)
+    return GroupTensorParallel(_own_group(layout, "tp"), sequence_parallel, trace, chunks)
 
 
 def context_parallel(layout: Layout, sizes: CpSizes, trace: Trace) -> ContextParallel:

@@ -16,11 +16,11 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.parallel import messages
 from llama_ds.parallel.fingerprints import combined, fingerprint
 
 RESULTS = ("output", "gradient of the input", "weight gradients")  # in the order of their fingerprints
@@ -33,6 +33,7 @@ class Given:
     x: Tensor  # (B, S, D)
     grad: Tensor  # (B, S, D), of the output
     document_start: Tensor | None  # (B, T)
+    deferred: bool = False  # whether the backward left weight gradients for later, and so was cut into chunks
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -49,6 +50,7 @@ class LayerRecord:
         self._x: Tensor | None = None
         self._document_start: Tensor | None = None
         self._grad: Tensor | None = None
+        self._deferred = False
         self._prints: dict[int, Tensor] = {}  # by number of the weight
         self._output: Tensor | None = None
         self._grad_x: Tensor | None = None
@@ -67,7 +69,7 @@ class LayerRecord:
     def given(self) -> Given:
         """What the layer was given."""
         assert self._x is not None and self._grad is not None, "the layer has computed nothing"
-        return Given(self._x, self._grad, self._document_start)
+        return Given(self._x, self._grad, self._document_start, self._deferred)
 
     @property
     def results(self) -> Tensor:
@@ -86,12 +88,13 @@ class LayerRecord:
         x.register_hook(self._keep_grad_x)
 
     def _keep_grad(self, grad: Tensor) -> None:
-        self._grad = grad.detach().clone()
+        self._grad, self._deferred = grad.detach().clone(), self._weight_gradients.deferred
 
     def _keep_grad_x(self, grad: Tensor) -> None:
         self._grad_x = fingerprint(grad)
 
-    def _add(self, weight: nn.Parameter, gradient: Tensor | None) -> None:  # None: an observer gets it later
+    def _add(self, weight: nn.Parameter, gradient: Tensor | None, micro_batches: int = 1) -> None:
+        # gradient is None: an observer gets it later
         number = self._index.get(id(weight))
         if gradient is not None and number is not None and number not in self._prints:
             self._prints[number] = fingerprint(gradient)
@@ -106,13 +109,13 @@ def replay(layer: DecoderLayer, context: LayerContext, given: Given) -> Tensor:
     index = {id(p): i for i, p in enumerate(parameters)}
     prints: dict[int, Tensor] = {}
 
-    def add(weight: nn.Parameter, gradient: Tensor) -> None:
+    def add(weight: nn.Parameter, gradient: Tensor, micro_batches: int = 1) -> None:
         prints[index[id(weight)]] = fingerprint(gradient)
 
     with ExitStack() as during:
         if any(hasattr(p, "ds_id") for p in parameters):  # ZeRO-3
             during.enter_context(deepspeed.zero.GatheredParameters(parameters))
-        during.enter_context(_on_its_own(layer, context, add))
+        during.enter_context(_on_its_own(layer, context, add, given.deferred))
         during.enter_context(torch.enable_grad())
         x = given.x.detach().requires_grad_()
         # Its `forward`, not the module: hooks of ZeRO-3, of the pipeline's optimizer and of norms are for the step.
@@ -129,26 +132,28 @@ def exchange(given: Given, to: int, source: int) -> Given:
     """Send what this rank's layer was given to rank `to`; return what that of rank `source` was. Collective."""
     sent = given.tensors
     received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in sent]
-    calls = [dist.P2POp(dist.isend, tensor.contiguous(), to) for tensor in sent]
-    calls += [dist.P2POp(dist.irecv, tensor, source) for tensor in received]
-    for work in dist.batch_isend_irecv(calls):
-        work.wait()
+    outgoing = [(tensor.contiguous(), to) for tensor in sent]
+    for handle in messages.exchange([(tensor, source) for tensor in received], outgoing, None):
+        handle.wait()
     x, grad, *rest = received
     return replace(given, x=x, grad=grad, document_start=rest[0] if rest else None)
 
 
 @contextmanager
 def _on_its_own(
-    layer: DecoderLayer, context: LayerContext, added: Callable[[nn.Parameter, Tensor], None]
+    layer: DecoderLayer, context: LayerContext, added: Callable[[nn.Parameter, Tensor, int], None], in_chunks: bool
 ) -> Iterator[None]:
-    """Let a layer compute without its stage: no early collectives and recomputes, gradients into zeroed memory."""
+    """Let a layer compute without its stage: no early collectives and recomputes, gradients into zeroed memory.
+
+    `in_chunks`: whether its backward cuts tokens as that of a deferring schedule does.
+    """
     gradients = context.weight_gradients
     buffer_of = gradients.buffer_of
     changes: list[tuple[Any, dict[str, Any]]] = [
         (gradients, {"deferred": False, "observers": [added], "added": lambda parameter: None})
     ]
     if isinstance(layer, ManualBackwardLayer):
-        changes.append((layer, {"first": True, "recomputes_early": False}))
+        changes.append((layer, {"first": True, "recomputes_early": False, "cuts_backward": in_chunks}))
         if buffer_of is not None:
             matrices = [p for p in layer.parameters() if p.dim() > 1]
             scratch = dict(zip(map(id, matrices), _zeroed([buffer_of(p) for p in matrices]), strict=True))

@@ -50,7 +50,7 @@ class MatrixExchange:
         """
         mine, own = self._owned[self._rank], self._rank
         if self._group is None:
-            return lambda: [(m, held[m.name].to(dtype).view(m.part_shape)) for m in mine]
+            return lambda: [(m, held[m.name].view(m.part_shape)) for m in mine]
         sent = [held[m.name] for owner in range(self._ranks) for m in self._owned[owner] if self._sent(m, owner)]
         sizes = [sum(self._count(m, own) for m in self._owned[to] if self._sent(m, to)) for to in range(self._ranks)]
         arriving = [[m for m in mine if self._sent(m, own, source)] for source in range(self._ranks)]
@@ -64,8 +64,7 @@ class MatrixExchange:
                 for matrix in some:
                     start, end = self._range(matrix, source)
                     parts[matrix.name][self._places[source][1], start:end] = next(pieces)
-            shaped = [parts.pop(m.name).view(self._tp, *m.part_shape) for m in mine]
-            return [(m, torch.cat(whole.unbind(), m.cut)) for m, whole in zip(mine, shaped, strict=True)]
+            return [(m, self._whole(m, parts.pop(m.name))) for m in mine]
 
         return wholes
 
@@ -78,7 +77,7 @@ class MatrixExchange:
         """
         mine, own = self._owned[self._rank], self._rank
         if self._group is None:
-            return lambda: {m.name: wholes[m.name].reshape(-1) for m in mine}
+            return lambda: {m.name: wholes[m.name].view(-1) for m in mine}
         parts = {m.name: [p.reshape(-1) for p in wholes[m.name].chunk(self._tp, m.cut)] for m in mine}
         cuts = [part for _, part in self._places]
         sent = [parts[m.name][cuts[to]][slice(*self._range(m, to))] for to in range(self._ranks) for m in mine]
@@ -92,6 +91,12 @@ class MatrixExchange:
             return {m.name: piece for m, piece in zip(every, pieces, strict=True)}
 
         return elements
+
+    def _whole(self, matrix: HeldMatrix, parts: Tensor) -> Tensor:
+        """Return the matrix (rows, columns) of its tensor-parallel parts (tp, elements)."""
+        if matrix.cut == 0 or self._tp == 1:
+            return parts.view(matrix.shape(self._tp))
+        return torch.cat(parts.view(self._tp, *matrix.part_shape).unbind(), matrix.cut)
 
     def _exchange(
         self, sent: list[Tensor], sizes: list[int], counts: list[int], dtype: torch.dtype, trace: Trace
@@ -119,8 +124,7 @@ class MatrixExchange:
         return matrix.ranges[self._places[rank][0]]
 
     def _count(self, matrix: HeldMatrix, rank: int) -> int:
-        start, end = self._range(matrix, rank)
-        return end - start
+        return matrix.count(self._places[rank][0])
 
     def _sent(self, matrix: HeldMatrix, owner: int, source: int | None = None) -> bool:
         """Return whether `source` (None: this rank) sends its elements: of replicas, those of the owner's model do."""
@@ -139,6 +143,7 @@ class MatrixQueue:
         self._function, self._dtype, self._trace = function, dtype, trace
         self._gathers: deque[tuple[MatrixExchange, Callable[[], Wholes]]] = deque()
         self._returns: deque[Callable[[], dict[str, Tensor]]] = deque()
+        self._found: dict[str, Tensor] = {}  # this rank's elements of results that have arrived
         self.mapped = 0  # matrices that this rank has mapped
 
     def start(self, exchange: MatrixExchange, held: Mapping[str, Tensor]) -> None:
@@ -146,20 +151,32 @@ class MatrixQueue:
         self._gathers.append((exchange, exchange.start_gather(held, self._dtype, self._trace)))
 
     def advance(self, waiting: int = 0) -> None:
-        """Map the matrices that were sent first, until only `waiting` exchanges are left. Collective."""
+        """Map the matrices that were sent first, until only `waiting` exchanges are left. Collective.
+
+        Buffers are released as soon as they have served: `layout/matrix_memory.py` counts them.
+        """
         while len(self._gathers) > waiting:
             exchange, wait = self._gathers.popleft()
             arrived = wait()
+            del wait
             begin = self._trace.mark()
-            wholes = {matrix.name: self._function(whole) for matrix, whole in arrived}
-            self.mapped += len(wholes)
+            mapped: dict[str, Tensor] = {}
+            while arrived:
+                name = arrived[0][0].name
+                mapped[name] = self._function(arrived.pop(0)[1]).contiguous()
+            self.mapped += len(mapped)
             self._trace.add("orthogonalise", begin)
-            self._returns.append(exchange.start_give_back(wholes, self._dtype, self._trace))
+            self._returns.append(exchange.start_give_back(mapped, self._dtype, self._trace))
+            del mapped
+            self._receive(waiting=1)
 
     def results(self) -> dict[str, Tensor]:
         """Return this rank's elements of all results, flat and by name. Collective."""
         self.advance()
-        found: dict[str, Tensor] = {}
-        while self._returns:
-            found |= self._returns.popleft()()
-        return found
+        self._receive()
+        return self._found
+
+    def _receive(self, waiting: int = 0) -> None:
+        """Wait for the results that were sent back first, until only `waiting` exchanges are left."""
+        while len(self._returns) > waiting:
+            self._found |= self._returns.popleft()()

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.matrix_owners import HeldMatrix, newton_schulz_flops, owners, waves
-from llama_ds.layout.optimizer_states import EXP_AVG
+from llama_ds.layout.matrix_owners import WAVES, HeldMatrix, newton_schulz_flops, owners, waves
+from llama_ds.layout.optimizer_states import CHUNK, EXP_AVG
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.grid import stage_group
@@ -32,8 +32,6 @@ from llama_ds.parallel.matrix_exchange import MatrixExchange, MatrixQueue
 from llama_ds.parallel.newton_schulz import orthogonalised
 from llama_ds.parallel.optimizer_state import flat_groups
 from llama_ds.parallel.trace import Trace
-
-WAVES = 4  # parts of all matrices of a rank, so that one travels while another is orthogonalised
 
 
 def scale_of(shape: tuple[int, int], rule: str) -> float:
@@ -51,10 +49,15 @@ class _Piece:
     count: int
 
 
+def _chunks(tensor: Tensor) -> list[slice]:
+    """Return the parts of a flat tensor that are updated at once."""
+    return [slice(begin, begin + CHUNK) for begin in range(0, tensor.numel(), CHUNK)]
+
+
 class Muon(Elementwise):
     """Groups with "muon": True are updated by Muon, others by AdamW. `attach` must precede the first step.
 
-    `step` does everything. Before it, an engine may `start` masters as their gradients become known, and `advance`
+    `step` does everything. Before it, an engine may `start` masters as their gradients become known, and `finish` them
     while it would wait; `keep_started` then leaves only elementwise work to the step.
     """
 
@@ -95,24 +98,21 @@ class Muon(Elementwise):
 
     @torch.no_grad()
     def start(self, master: Tensor, gradient: Tensor, scale: Tensor | None) -> None:
-        """Send the matrices of a master, if it has any, to their owners. Collective.
+        """Send the matrices of a master, if it has any, to their owners, and orthogonalise those before. Collective.
 
         `gradient` is divided by `scale`; None: it is not clipped. States stay as they are.
         """
         if not self._pieces[id(master)]:
             return
         self._started = self._started or self._new_queue()
-        momentum = self.state[master].get(EXP_AVG)
-        momentum = torch.zeros_like(gradient) if momentum is None else momentum
-        gradient = gradient.float() if scale is None else gradient.float() / scale
-        directions = {id(master): self._direction(gradient, self._average(gradient, momentum))}
-        self._send([master], directions, self._started, self._load, 1)
+        self._send([master], {id(master): self._next_direction(master, gradient, scale)}, self._started, self._load, 1)
+        self._started.advance(waiting=1)
 
     @torch.no_grad()
-    def advance(self, waiting: int = 0) -> None:
-        """Orthogonalise what was started first, until the matrices of only `waiting` masters are left. Collective."""
+    def finish(self) -> None:
+        """Orthogonalise all that was started. Collective."""
         if self._started is not None:
-            self._started.advance(waiting)
+            self._started.advance()
 
     @torch.no_grad()
     def keep_started(self, valid: bool) -> None:
@@ -135,37 +135,52 @@ class Muon(Elementwise):
         finally:
             self.param_groups = every
         if hidden:
-            self._step_matrices([(master, group) for group in hidden for master in group["params"]])
+            self.step_matrices([(master, group) for group in hidden for master in group["params"]])
 
-    def _step_matrices(self, masters: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        directions = {id(master): self._advance_momentum(master) for master, _ in masters}
+    def step_matrices(self, masters: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Update masters, each with its group, by Muon. Collective."""
         updates, self._updates = self._updates, None
+        directions = {id(master): self._advance_momentum(master, updates is None) for master, _ in masters}
         if updates is None:
             queue = self._new_queue()
             self._send([master for master, _ in masters], directions, queue, [0] * len(self._load), WAVES)
             updates = queue.results()
             self._count(queue, True)
+        directions.clear()
         for master, group in masters:
-            flat = directions[id(master)].zero_()  # padding between matrices has no update
             for piece in self._pieces[id(master)]:
-                flat.narrow(0, piece.begin, piece.count).copy_(updates[piece.matrix.name])
-            self.update(master, 0, flat, group)
+                update = updates.pop(piece.matrix.name)
+                for part in _chunks(update):
+                    self.update(master, piece.begin + part.start, update[part].float(), group)
             self.drop_copy(master)
 
-    def _advance_momentum(self, master: Tensor) -> Tensor:
-        """Advance a master's momentum; return what is to be orthogonalised, a new flat tensor."""
+    def _advance_momentum(self, master: Tensor, wanted: bool) -> Tensor:
+        """Advance a master's momentum; return what is to be orthogonalised, flat, if it is `wanted`."""
         self.begin_step(master, Role.HIDDEN_MATRIX)
-        grad, momentum = self.scaled(self.gradient(master).float()), self.state[master][EXP_AVG]
-        average = self._average(grad, momentum)
-        self.replace(momentum, average)
-        return self._direction(grad, average)
+        gradient, momentum = self.gradient(master).view(-1), self.state[master][EXP_AVG].view(-1)
+        direction = torch.empty_like(gradient, dtype=self._dtype) if wanted else gradient.new_empty(0)
+        for part in _chunks(master):
+            grad = self.scaled(gradient[part].float())
+            average = self._average(grad, momentum[part])
+            if wanted:
+                direction[part] = self._direction(grad, average)
+            self.replace(momentum[part], average)
+        return direction
+
+    def _next_direction(self, master: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
+        """Return what `_advance_momentum` will for a gradient that is to be divided by `scale`; states stay."""
+        direction, momentum = torch.empty_like(gradient, dtype=self._dtype), self.state[master].get(EXP_AVG)
+        for part in _chunks(master):
+            grad = gradient[part].float() if scale is None else gradient[part].float() / scale
+            average = self._average(grad, torch.zeros_like(grad) if momentum is None else momentum[part])
+            direction[part] = self._direction(grad, average)
+        return direction
 
     def _average(self, gradient: Tensor, momentum: Tensor) -> Tensor:
         return torch.lerp(gradient, momentum.float(), self._settings.momentum)
 
     def _direction(self, gradient: Tensor, average: Tensor) -> Tensor:
-        settings = self._settings
-        return (torch.lerp(gradient, average, settings.momentum) if settings.nesterov else average).reshape(-1)
+        return torch.lerp(gradient, average, self._settings.momentum) if self._settings.nesterov else average
 
     def _send(
         self, masters: list[Tensor], directions: dict[int, Tensor], queue: MatrixQueue, load: list[int], count: int
@@ -180,6 +195,7 @@ class Muon(Elementwise):
         if key not in self._exchanges:
             self._exchanges[key] = self._new_exchanges(masters, load, count)
         for exchange in self._exchanges[key]:
+            queue.advance(waiting=1)
             queue.start(exchange, held)
 
     def _new_exchanges(self, masters: list[Tensor], load: list[int], count: int) -> list[MatrixExchange]:

@@ -11,13 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama_ds.layout.matrix_owners import ITERATIONS
+from llama_ds.layout.matrix_owners import EVERY_PASS, FEW_PASSES, ITERATIONS, WIDE
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.
 NORM_EPS = 1e-7
-# Iterations on one G. Two passes over X take 8 n^2 m + 28 n^3 FLOPs, five 20 n^2 m + 10 n^3.
-FEW_PASSES, EVERY_PASS = (3, 2), (1,) * ITERATIONS
-WIDE = 2  # m / n from which on few passes are faster, measured
 HALVED = 256  # rows from which on half of a symmetric product is copied instead of computed
 
 
@@ -35,7 +32,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
             x = _iterated(x)
     else:
         for iterations in FEW_PASSES if x.shape[1] >= WIDE * x.shape[0] else EVERY_PASS:
-            x = _factor(_symmetric(x, x.mT), iterations) @ x
+            x = _factor(x, iterations) @ x
     return x.mT if tall else x
 
 
@@ -46,8 +43,9 @@ def _iterated(x: Tensor) -> Tensor:
     return a * x + (b * gram + c * gram @ gram) @ x
 
 
-def _factor(gram: Tensor, iterations: int) -> Tensor:
-    """Return the matrix (n, n) by which `iterations` multiply X, whose G is `gram`."""
+def _factor(x: Tensor, iterations: int) -> Tensor:
+    """Return the matrix (n, n) by which `iterations` multiply X (n, m)."""
+    gram = _symmetric(x, x.mT)
     product, q = None, gram
     for number in range(iterations):
         if number:

@@ -7,12 +7,13 @@ what a step does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -28,12 +29,27 @@ from llama_ds.parallel.trace import Trace
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.communication import Message, message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
+from llama_ds.schedules.joint_weights import joint_counts
 from llama_ds.schedules.leading import leading_forwards
 from llama_ds.schedules.schedule import Schedule
 
 CacheOf = Callable[[int], LayerCache]  # takes the number of a micro-batch
 Batches = Iterator[tuple[Ids, Tensor]]  # ids and labels of this rank's tokens
 Key = tuple[int, int]  # chunk, micro-batch
+
+
+@contextmanager
+def _unconnected() -> Iterator[None]:
+    """Keep DeepSpeed's engine from sending its first messages: ours has groups of its own.
+
+    NCCL would keep a communicator of each pair of ranks for them, and gloo cannot send them from a GPU.
+    """
+    before = p2p.send, p2p.recv
+    p2p.send = p2p.recv = lambda tensor, stage: None
+    try:
+        yield
+    finally:
+        p2p.send, p2p.recv = before
 
 
 class LlamaPipelineEngine(PipelineEngine):
@@ -49,26 +65,30 @@ class LlamaPipelineEngine(PipelineEngine):
         optimizer: torch.optim.Optimizer | None,
         config: dict[str, Any],
         trace: Trace,
+        first_apart: bool = False,
     ) -> None:
         """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective.
 
-        Without an optimizer the engine cannot train.
+        Without an optimizer the engine cannot train. `first_apart`: weight gradients of a step's first micro-batch are
+        not computed together with others.
         """
         self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
-        super().__init__(
-            args=None,
-            model=module,
-            optimizer=optimizer,
-            config=config,
-            config_class=DeepSpeedConfig(config, grid),
-            mpu=grid,
-        )
+        with _unconnected():
+            super().__init__(
+                args=None,
+                model=module,
+                optimizer=optimizer,
+                config=config,
+                config_class=DeepSpeedConfig(config, grid),
+                mpu=grid,
+            )
         place = schedule.placement
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
         self._instructions = lists[self.stage_id]
+        self._weight_counts = joint_counts(self._instructions, schedule.joint, first_apart)
         self._leading = leading_forwards(lists, place)[self.stage_id]
         self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
@@ -296,12 +316,15 @@ class LlamaPipelineEngine(PipelineEngine):
             self._deliver(step, [x.grad])
 
     def _weight_backward(self, step: Instruction) -> None:
-        begin = self._trace.now()
+        count = self._weight_counts[step]  # 0: a later micro-batch's instruction computes them
+        layers = self._manual_layers[step.chunk][::-1]
         self.optimizer.final = step.micro_batch == self.micro_batches - 1
-        for layer in reversed(self._manual_layers[step.chunk]):
-            layer.run_deferred_wgrad()
+        for i in range(count):  # a trace shows every micro-batch with its share of the layers
+            begin = self._trace.now()
+            for layer in layers[len(layers) * i // count : len(layers) * (i + 1) // count]:
+                layer.run_deferred_wgrad(count)
+            self._record("W", begin, step._replace(micro_batch=step.micro_batch - count + 1 + i))
         self.optimizer.final = False
-        self._record("W", begin, step)
 
     def _receive(self, step: Instruction, kind: str) -> list[Tensor]:
         key = kind, step.chunk, step.micro_batch

@@ -129,7 +129,6 @@ class PipelineOptimizer(BF16_Optimizer):
             self.trace.add("wait reduction", begin)
             if early:
                 self._start_matrices(early, bucket.groups, None)
-                early.advance(waiting=1)
         begin = self.trace.mark()
         parts = self.fp32_groups_gradient_flat_partition
         norms = torch._foreach_norm([part for part, counts in zip(parts, self._counted, strict=True) if counts])
@@ -145,7 +144,7 @@ class PipelineOptimizer(BF16_Optimizer):
         else:
             if early:
                 self.trace.add("optimizer", begin)
-                early.advance()
+                early.finish()
                 begin = self.trace.mark()
             work.wait()
             self.trace.add("wait norm", begin)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_ds.parallel import messages
 from llama_ds.schedules.communication import Message
 from llama_ds.schedules.instructions import Placement
 
@@ -47,9 +48,9 @@ class PipelineComm:
         for kind, source, target in channels:
             group = self._groups[kind, target > source]
             if me == source:
-                dist.send(nothing, self._ranks[target], group=group)
+                messages.send(nothing, self._ranks[target], group).wait()
             if me == target:
-                dist.recv(nothing, self._ranks[source], group=group)
+                messages.receive(nothing, self._ranks[source], group).wait()
 
     def _group(self, message: Message) -> dist.ProcessGroup:
         return self._groups[message.kind, message.target > message.source]
@@ -57,7 +58,7 @@ class PipelineComm:
     def post(self, message: Message, buffers: Sequence[Tensor]) -> Work:
         """Post the receives of `message` into `buffers`; return their handles and buffers."""
         group, peer = self._group(message), self._ranks[message.source]
-        return [dist.irecv(buffer, peer, group=group) for buffer in buffers], buffers
+        return [messages.receive(buffer, peer, group) for buffer in buffers], buffers
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         """Start sending `tensors`, which are kept alive until they are sent."""
@@ -65,7 +66,7 @@ class PipelineComm:
         earlier = self._sends[message.channel]
         while len(earlier) > MAX_PENDING_SENDS:
             wait(earlier.popleft())
-        earlier.append(([dist.isend(tensor, peer, group=group) for tensor in tensors], tensors))
+        earlier.append(([messages.send(tensor, peer, group) for tensor in tensors], tensors))
 
     def finish(self) -> None:
         """Wait until all sends are complete."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama_ds.parallel import world
+from llama_ds.parallel import messages, world
 from llama_ds.parallel.tensor_parallel import all_gather_flat, reduce_scatter_flat
 
 Kind = tuple[int, int]  # ranks per node, nodes
@@ -121,11 +121,11 @@ def _ping_pong(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGr
     """Send a message back and forth."""
     first, second = own
     if dist.get_rank() == first:
-        dist.send(data, second, group=group)
-        dist.recv(data, second, group=group)
+        messages.send(data, second, group).wait()
+        messages.receive(data, second, group).wait()
     else:
-        dist.recv(data, first, group=group)
-        dist.send(data, first, group=group)
+        messages.receive(data, first, group).wait()
+        messages.send(data, first, group).wait()
 
 
 # Functions by operation; arguments: full tensor, this rank's part of it, ranks of the group, group.

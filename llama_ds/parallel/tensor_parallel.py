@@ -1,16 +1,19 @@
 """Tensor and sequence parallelism on a process group: the collectives between column- and row-parallel matrices.
 
-Shapes: B rows, T tokens, D hidden size, tp ranks; S = T / tp under sequence parallelism.
+Shapes: B rows, T tokens, D hidden size, tp ranks; S = T / tp under sequence parallelism. N = B * T, M = B * S.
+`llama_ds.model.tensor_parallel` says which tokens a rank has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_ds.model.chunked_products import cut
 from llama_ds.model.tensor_parallel import Pending
 from llama_ds.parallel.trace import Trace
 
@@ -22,13 +25,19 @@ reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 class GroupTensorParallel:
     """`llama_ds.model.tensor_parallel.TensorParallel` on a process group."""
 
-    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool, trace: Trace | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, sequence_parallel: bool, trace: Trace | None = None, chunks: int = 1
+    ) -> None:
+        """`chunks`: into how many chunks tokens are cut where their number allows it."""
         self.group = group
         self.trace = trace or Trace(torch.device("cpu"))  # never started
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel
-        self._last_gather: tuple[Tensor, Pending] | None = None
+        self._chunks = chunks
+
+    def chunks_of(self, tokens: int) -> int:
+        return self._chunks if tokens % self._chunks == 0 else 1
 
     def enter(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, self) if self.sequence_parallel else _Copy.apply(x, self)
@@ -43,18 +52,27 @@ class GroupTensorParallel:
     def start_gather(self, x: Tensor) -> Pending:
         if not self.sequence_parallel:
             return lambda: x
-        if self._last_gather and self._last_gather[0].data_ptr() == x.data_ptr():
-            pending = self._last_gather[1]
-            self._last_gather = None
-            return pending
-        return self._issue_gather(x)
-
-    def gather_ahead(self, x: Tensor) -> None:
-        if self.sequence_parallel:
-            self._last_gather = (x, self._issue_gather(x))  # holding x keeps its address from being reused
+        rows, own, width = x.shape
+        pending = self.gather_tokens(x.flatten(0, 1), None, self.chunks_of(rows * own))
+        return lambda: pending().view(rows, -1, width)
 
     def start_reduce(self, x: Tensor) -> Pending:
-        return self._issue_scatter_sum(x) if self.sequence_parallel else self._issue_sum(x)
+        rows, tokens, width = x.shape
+        own = rows * tokens // self.size if self.sequence_parallel else rows * tokens
+        pending = self.reduce_tokens(x.flatten(0, 1), None, self.chunks_of(own))
+        return lambda: pending().view(rows, -1, width)
+
+    def gather_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
+        if not self.sequence_parallel:
+            return lambda: x
+        whole = x.new_empty(len(x) * self.size, x.shape[1]) if out is None else out
+        return _after_all(map(self._issue_gather, cut(x, chunks), cut(whole, chunks)), whole)
+
+    def reduce_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
+        if not self.sequence_parallel:
+            return _after_all(map(self._issue_sum, cut(x, chunks)), x)
+        own = x.new_empty(len(x) // self.size, x.shape[1]) if out is None else out
+        return _after_all(map(self._issue_scatter_sum, cut(x, chunks), cut(own, chunks)), own)
 
     def start_sum(self, x: Tensor) -> Pending:
         return self._issue_sum(x) if self.sequence_parallel else lambda: x
@@ -82,44 +100,44 @@ class GroupTensorParallel:
             trace.done("tp", watched, size)
             trace.add("wait tp", begin)
 
-    def _issue_gather(self, x: Tensor) -> Pending:
-        """Concatenate the ranks' tokens: (B, S, D) -> (B, T, D)."""
-        rows, tokens, width = x.shape
-        parts = x.new_empty(self.size, rows, tokens, width)
-        work = all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
-        watched = self.trace.watch("tp", work, parts.nbytes)
+    def _issue_gather(self, x: Tensor, out: Tensor) -> Pending:
+        """Concatenate the ranks' tokens: (m, D) -> (tp * m, D)."""
+        x = x.contiguous()
+        work = all_gather_flat(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return self._waiting(work, out, out.nbytes)
 
-        def wait() -> Tensor:
-            self._wait(work, watched, parts.nbytes)
-            return parts.transpose(0, 1).reshape(rows, -1, width)  # a view when B = 1
-
-        return wait
-
-    def _issue_scatter_sum(self, x: Tensor) -> Pending:
-        """Sum over ranks and keep this rank's tokens: (B, T, D) -> (B, S, D)."""
-        rows, tokens, width = x.shape
-        own = tokens // self.size
-        parts = x.view(rows, self.size, own, width).transpose(0, 1).contiguous()  # no copy when B = 1
-        out = x.new_empty(rows, own, width)
-        work = reduce_scatter_flat(out.view(-1), parts.view(-1), group=self.group, async_op=True)
-        watched = self.trace.watch("tp", work, parts.nbytes)
-
-        def wait() -> Tensor:
-            self._wait(work, watched, parts.nbytes)
-            return out
-
-        return wait
+    def _issue_scatter_sum(self, x: Tensor, out: Tensor) -> Pending:
+        """Sum over ranks and keep this rank's tokens: (tp * m, D) -> (m, D)."""
+        x = x.contiguous()
+        work = reduce_scatter_flat(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return self._waiting(work, out, x.nbytes)
 
     def _issue_sum(self, x: Tensor) -> Pending:
         """Sum over ranks, in place."""
-        work = dist.all_reduce(x, group=self.group, async_op=True)
-        watched = self.trace.watch("tp", work, x.nbytes)
+        return self._waiting(dist.all_reduce(x, group=self.group, async_op=True), x, x.nbytes)
+
+    def _waiting(self, work: dist.Work, result: Tensor, size: int) -> Pending:
+        watched = self.trace.watch("tp", work, size)
 
         def wait() -> Tensor:
-            self._wait(work, watched, x.nbytes)
-            return x
+            self._wait(work, watched, size)
+            return result
 
         return wait
+
+
+def _after_all(issued: Iterable[Pending], result: Tensor) -> Pending:
+    """Issue all; the returned function waits for them and returns their common `result`."""
+    pending = list(issued)
+    if len(pending) == 1:
+        return pending[0]
+
+    def wait() -> Tensor:
+        for one in pending:
+            one()
+        return result
+
+    return wait
 
 
 class _Copy(torch.autograd.Function):

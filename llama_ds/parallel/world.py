@@ -23,6 +23,7 @@ from llama_ds.job.devices import VISIBLE, decode
 from llama_ds.job.requests import RANK_VARIABLES
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
+from llama_ds.parallel.backend import backend, check_own_device, device_index, on_cuda, use_device
 from llama_ds.parallel.environment import check_others, first_number
 from llama_ds.parallel.first_rank import (
     LOCAL_SIZES,
@@ -102,14 +103,14 @@ def launched_ranks() -> int:
 
 
 def join(rank_info: RankInfo, nic: str = "", hosts: Sequence[str] = ()) -> None:
-    """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
+    """Join the run's process group by `backend`, over `nic` or else the interface towards rank 0.
 
     `hosts` are the hosts of all ranks, to name those that are waited for. DeepSpeed adopts the group. It is created
     here, without a device id, because DeepSpeed's own call makes NCCL create a communicator eagerly for each of the
     hundreds of groups of a large grid.
 
     Raises:
-        UserError: rank 0 cannot be found, or ranks do not come within `TIMEOUT`.
+        UserError: rank 0 cannot be found, ranks do not come within `TIMEOUT`, or NCCL would refuse this rank's GPU.
     """
     rank, size = rank_info.rank, rank_info.world
     devices = decode(os.environ.get(DEVICES, ""), rank)
@@ -118,14 +119,14 @@ def join(rank_info: RankInfo, nic: str = "", hosts: Sequence[str] = ()) -> None:
     by = next((name for name in LAUNCHER_VARIABLES["RANK"] if name in os.environ), "")
     find_first_rank(rank, size, by)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank_info.local_rank))
+    if on_cuda():
+        use_device(device_index(rank_info.local_rank))
     if own := interface(nic, size):  # otherwise gloo uses the interface of the host's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", own)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", own)
-    if on_cuda():
-        torch.cuda.set_device(rank_info.local_rank)
     store = open_store(rank, size, rank_info.local_rank, TIMEOUT, hosts or hosts_of_step())
-    backend = "nccl" if on_cuda() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    check_own_device(store)
 
 
 def check_mpi(rank_info: RankInfo) -> None:
@@ -149,22 +150,24 @@ def check_mpi(rank_info: RankInfo) -> None:
         )
 
 
-def on_cuda() -> bool:
-    """Return whether this run computes on CUDA; DeepSpeed's variable DS_ACCELERATOR=cpu disables it."""
-    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
-
-
 def device() -> torch.device:
     """Return the device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 
 
 def device_memory(where: torch.device) -> int:
-    """Return the bytes that this rank may use: all of a CUDA device, or its share of the host's free memory."""
+    """Return the bytes that this rank may use: its share of a CUDA device, or of the host's free memory."""
+    ranks = first_number((*LOCAL_SIZES, "WORLD_SIZE"), 1) or 1
     if where.type == "cuda":
-        return torch.cuda.get_device_properties(where).total_memory
+        sharing = -(-ranks // torch.cuda.device_count()) if backend() == "gloo" else 1
+        return torch.cuda.get_device_properties(where).total_memory // sharing
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // (first_number((*LOCAL_SIZES, "WORLD_SIZE"), 1) or 1)
+    return free // ranks
+
+
+def device_size(where: torch.device) -> int:
+    """Return the bytes that no rank can exceed: the memory of a CUDA device, or all of the host's."""
+    return device_memory(where) if where.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def finish(where: torch.device) -> None:

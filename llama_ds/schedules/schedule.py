@@ -11,7 +11,9 @@ from llama_ds.errors import listed
 from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble_h1
 from llama_ds.schedules.communication import with_messages
 from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
+from llama_ds.schedules.joint_weights import together
 from llama_ds.schedules.pass_times import EQUAL_PASSES, PassTimes, numbers_obstacle
+from llama_ds.schedules.v_orders import most_held
 from llama_ds.schedules.zero_bubble_v import V_SCHEDULES, ZeroBubbleV
 
 Order = Callable[[int, int, int, int, int], list[Instruction]]
@@ -76,6 +78,7 @@ class Schedule:
     chunks: int = 1
     extra_warmup: int = 0  # additional warm-up forwards of a rank for each following rank; of every rank in a V
     pass_times: tuple[int, ...] | None = None  # times that order a V; None: equal
+    joint: int = 1  # micro-batches whose deferred weight gradients of a chunk are computed together
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,8 @@ class Schedule:
         """Return the computations of `rank` in order."""
         if self.name in V_SCHEDULES:
             return list(self._in_a_v.orders[rank])
-        return _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
+        steps = _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
+        return together(steps, self.joint)
 
     def instructions(self, rank: int) -> list[Instruction]:
         """Return the instructions of `rank` in order, messages included."""
@@ -101,6 +105,8 @@ class Schedule:
         """Return the maximum number of forwards of a chunk whose activations `rank` holds, as the schedule states."""
         if self.name in V_SCHEDULES:
             return self._in_a_v.in_flight(rank)
+        if self.joint > 1:
+            return most_held(self.computations(rank))
         return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     @property
@@ -111,7 +117,7 @@ class Schedule:
     @property
     def _in_a_v(self) -> ZeroBubbleV:
         times = PassTimes.of(self.pass_times or EQUAL_PASSES, self.placement.stages)
-        return ZeroBubbleV(self.name, self.ranks, self.micro_batches, self.extra_warmup, times)
+        return ZeroBubbleV(self.name, self.ranks, self.micro_batches, self.extra_warmup, times, self.joint)
 
     @cached_property
     def held(self) -> list[list[list[Held]]]:

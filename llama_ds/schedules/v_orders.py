@@ -14,11 +14,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import astuple
 from functools import lru_cache
 from typing import NamedTuple
 
 from llama_ds.schedules.instructions import Instruction, Op, Placement
+from llama_ds.schedules.joint_weights import together
 from llama_ds.schedules.pass_times import PassTimes
 from llama_ds.schedules.simulate import simulate_orders
 
@@ -58,7 +60,7 @@ _EQUAL_PASSES = tuple(
 
 
 @lru_cache(maxsize=500)
-def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes) -> Orders:
+def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes, joint: int = 1) -> Orders:
     """Return all ranks' computations in order.
 
     Args:
@@ -66,19 +68,20 @@ def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes) ->
         micro_batches: of the step.
         limit: 2 or more; how many forwards of a chunk a rank holds until their weight gradients are computed.
         times: those of the 2 * ranks stages and of a message between ranks.
+        joint: how many micro-batches' weight gradients of a chunk are computed one after the other, if deferred.
     """
     bound = _lower_bound(ranks, micro_batches, times)
     best: Orders = ()
     shortest = math.inf
     rules = _EQUAL_PASSES if times.equal else _RULES
     for rule in rules[: max(1, _MAX_SIMULATED // (6 * ranks * micro_batches))]:
-        simulation = _Simulation(ranks, micro_batches, limit, times, rule)
+        simulation = _Simulation(ranks, micro_batches, limit, times, rule, joint)
         time = simulation.run()
         if time < shortest:
             best, shortest = tuple(map(tuple, simulation.orders)), time
         if shortest <= bound:
             return best
-    compact = compact_orders(ranks, micro_batches)
+    compact = tuple(tuple(together(order, joint)) for order in compact_orders(ranks, micro_batches))
     if max(map(most_held, compact)) <= limit:
         timeline = simulate_orders(compact, Placement(ranks, 2, "v"), times.stages, latency=times.message)
         longest = max(steps[-1][2] - steps[0][1] for steps in timeline.ranks)
@@ -122,6 +125,14 @@ class _Rank:
         second = -(-limit * index // (2 * ranks)) + 1
         self._shares = {_F0: (first, _B0), _F1: (second, _B1)}
 
+    def next_weights(self, joint: int) -> list[tuple[int, int]]:
+        """Return the deferred weight gradients to compute: `joint` of a chunk if there are so many, else the oldest."""
+        for chunk in (self.deferred[0][0], 1 - self.deferred[0][0]):
+            group = [pair for pair in self.deferred if pair[0] == chunk][:joint]
+            if len(group) == joint:
+                return group
+        return [self.deferred[0]]
+
     def has_room(self, forward: Pass) -> bool:
         """Return whether memory allows the forward; chunk 0 leaves room for chunk 1 of micro-batches under way."""
         share, backward = self._shares[forward]
@@ -132,10 +143,11 @@ class _Rank:
 class _Simulation:
     """One simulated step under one rule."""
 
-    def __init__(self, ranks: int, micro_batches: int, limit: int, times: PassTimes, rule: _Rule) -> None:
+    def __init__(self, ranks: int, micro_batches: int, limit: int, times: PassTimes, rule: _Rule, joint: int) -> None:
         self.orders: list[list[Instruction]] = [[] for _ in range(ranks)]
         self._ranks = [_Rank(rank, ranks, limit, times) for rank in range(ranks)]
         self._micro_batches, self._message, self._rule = micro_batches, times.message, rule
+        self._joint = joint
         self._last = 2 * ranks - 1
         self._arrivals = {(Op.FORWARD, 0, i): 0.0 for i in range(micro_batches)}  # inputs by op, stage and micro-batch
         self._wakes = [(0.0, rank) for rank in range(ranks)]
@@ -166,10 +178,11 @@ class _Simulation:
                 chosen = max(now, arrival), kind
         gap = (chosen[0] if chosen else earliest) - now
         if rank.deferred and gap > 0:
-            chunk, micro_batch = rank.deferred[0]
-            if 4 * gap >= (4 if chosen else self._rule.spare) * rank.times[Op.WEIGHT_BACKWARD, chunk]:
-                rank.deferred.popleft()
-                self._start(rank, now, Op.WEIGHT_BACKWARD, chunk, micro_batch)
+            weights = rank.next_weights(self._joint)
+            if 4 * gap >= (4 if chosen else self._rule.spare) * rank.times[Op.WEIGHT_BACKWARD, weights[0][0]]:
+                for chunk, micro_batch in weights:
+                    rank.deferred.remove((chunk, micro_batch))
+                    self._start(rank, max(now, rank.clock), Op.WEIGHT_BACKWARD, chunk, micro_batch)
                 return
         if chosen:
             start, (op, chunk) = chosen
@@ -239,10 +252,10 @@ def compact_orders(ranks: int, micro_batches: int) -> Orders:
     return tuple(orders)
 
 
-def most_held(order: tuple[Instruction, ...]) -> int:
+def most_held(order: Sequence[Instruction]) -> int:
     """Return the maximum number of forwards whose weight gradients a rank still has to compute."""
     held = most = 0
     for step in order:
-        held += (step.op is Op.FORWARD) - (step.op is Op.WEIGHT_BACKWARD)
+        held += (step.op is Op.FORWARD) - (step.op in (Op.BACKWARD, Op.WEIGHT_BACKWARD))
         most = max(most, held)
     return most

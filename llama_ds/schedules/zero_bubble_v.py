@@ -8,7 +8,8 @@ activations, which sets how many micro-batches they can have under way and so th
     v_min    about a third
 
 The order depends on the times of the passes (`v_orders.py`). Without stated times all are equal and messages are free.
-Each of `extra` more micro-batches that every rank may hold lets messages overlap with computations.
+Each of `extra` more micro-batches that every rank may hold lets messages overlap with computations. `joint` weight
+gradients of each chunk wait for each other, for which every rank holds joint - 1 more micro-batches.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ class ZeroBubbleV:
     micro_batches: int
     extra: int
     times: PassTimes
+    joint: int = 1  # micro-batches whose weight gradients of a chunk are computed together
 
     @property
     def limit(self) -> int:
         """How many forwards of a chunk a rank may hold until their weight gradients are computed."""
         limits = {"zb_v": 2 * self.ranks, "v_half": self.ranks + 2, "v_min": _compact_limit(self.ranks)}
-        return limits[self.name] + 2 * self.extra
+        return limits[self.name] + 2 * (self.extra + self.joint - 1)
 
     @property
     def orders(self) -> Orders:
         """The computations of all ranks in order."""
-        return best_orders(self.ranks, self.micro_batches, self.limit, self.times)
+        return best_orders(self.ranks, self.micro_batches, self.limit, self.times, self.joint)
 
     def in_flight(self, rank: int) -> int:
         """Return the maximum number of forwards whose weight gradients `rank` still has to compute."""

@@ -83,7 +83,7 @@ class LayerCheck:
                 f"CORRUPTION: in step {self._step} {self._difference(found[0])}; {named(wrong, self._hosts)} computed "
                 f"wrongly; the step is not taken; {ADVICE}",
                 wrong,
-                spoils_memory=False,
+                good_step=self._step - 1,
             )
         self._given = None
         return []

@@ -13,10 +13,12 @@ from llama_ds.job.requests import Request, Requests
 from llama_ds.job.run_end import RunEnd
 from llama_ds.job.wire import Phase
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.recompute import ELEMENT_BYTES
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.recording import Recording
 from llama_ds.parallel.temporary import dismantle, engines_undone
+from llama_ds.perf.plan.relief import check_matrices
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
@@ -106,6 +108,7 @@ def train_stage(
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
     run = with_cp_method(run, hosts, dtype)
     check_same_order(run, layout)
+    world.together(lambda: check_matrices(run, layout, ELEMENT_BYTES[dtype], world.device_size(device)))
     checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks

@@ -208,17 +208,17 @@ class MemoryCheckpoints:
 
     @contextmanager
     def trusted(self) -> Iterator[None]:
-        """Forget all states if what they were copied from turns out to be wrong: since when is not known."""
+        """Forget the states that were copied since the last comparison if what they were copied from is wrong."""
         try:
             yield
         except Corruption as error:
-            if not error.spoils_memory:
-                raise
             if self._every:  # the error is raised on all ranks alike
                 self._wait()
                 world.barrier()
-            for slot in self._slots:
-                slot.clear()
+                for slot in self._slots:
+                    if slot.step > error.good_step:
+                        slot.clear()
+                world.barrier()  # once one of them reports the error, all may be killed
             raise
 
     def close(self, ended: bool) -> None:

@@ -78,7 +78,7 @@ class MemoryExplainer:
             return f"{text} (planned for a step: {_size(int(planned.total))})"
         held = held_bytes(self._engine)
         parts = [f"{name} {_size(size)} (planned {_size(getattr(planned, name))})" for name, size in held.items()]
-        rest = planned.activations + planned.working
+        rest = planned.total - planned.kept
         # On a CPU the peak is that of the process.
         others = "temporaries" if self._device.type == "cuda" else "temporaries, with the program itself"
         parts.append(f"activations and {others} {_size(peak - sum(held.values()))} (planned {_size(rest)})")

@@ -203,12 +203,14 @@ def memory_table(run: RunConfig, layout: Layout, element_bytes: int) -> list[str
 def _memory(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
     stages = stage_policies(run, layout, element_bytes)
     placement = schedule_of(run, layout).placement
-    columns = ("weights", "gradients", "optimizer", "working", "kept activations", "all")
+    muon = run.optimizer.name == "muon"
+    columns = ("weights", "gradients", "optimizer", "working", "kept activations", *(("or matrices",) * muon), "all")
     yield "pipeline rank", *columns, "recompute of its layers"
     for rank, memory in enumerate(rank_memory(run, layout, element_bytes)):
         own = [stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
         kept = sum(stage.saved_bytes for stage in own)
-        numbers = (memory.weights, memory.gradients, memory.optimizer, memory.working, kept, memory.fixed + kept)
+        numbers = [memory.weights, memory.gradients, memory.optimizer, memory.working, kept]
+        numbers += [*((memory.matrices,) * muon), memory.peak(kept)]
         policies = "; ".join(_recompute(run, stage)[0] for stage in own)
         yield str(rank), *(f"{number / GIB:.2f}" for number in numbers), policies
 

@@ -33,6 +33,7 @@ class ReplicaCheck:
         self.interval = run.checkpoint.compare_replicas if comparable else 0
         self._groups = layout.groups("dp", "cp")
         self._step = 0
+        self._good = -1  # a step whose states in memory are good: they were copied before a comparison
 
     def before_step(self, step: int) -> None:
         """Take note of the step that will be the `step`-th."""
@@ -49,6 +50,7 @@ class ReplicaCheck:
             Corruption: on all ranks alike: replicas differ.
         """
         self._compare(every, f"in step {self._step}", "taken")
+        self._good = self._step - 1
         return []
 
     def after_step(self) -> None:
@@ -67,6 +69,7 @@ class ReplicaCheck:
             optimizer.finish()
         sums = checksum(self._engine.module.parameters())
         self._compare(world.gather_numbers(sums.tolist(), self._device), f"after step {done}", "saved")
+        self._good = done - 1
 
     def _compare(self, sums: np.ndarray, when: str, verb: str) -> None:
         wrong = sorted(rank for group in self._groups for rank in vote(sums, group))
@@ -77,4 +80,5 @@ class ReplicaCheck:
                 f"CORRUPTION: {when} the weights of {named(wrong, self._hosts)} {whose}; the step is not {verb}; "
                 f"{ADVICE}",
                 wrong,
+                self._good,
             )

@@ -18,10 +18,12 @@ from llama_ds.config.run_file import dump
 from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES, WARNINGS
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.folder import current
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards.background import close_boards
 from llama_ds.training.boards.opening import open_boards
+from llama_ds.training.line_file import LineFile
 from llama_ds.training.samples import Sample
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
@@ -51,7 +53,8 @@ class RunLog:
         self._samples = os.path.join(run.run_dir, SAMPLES)
         for written in (path, self._samples):
             drop_steps_after(written, first_step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        self._metrics = LineFile(path)
+        self._full = False  # whether lines of metrics wait for room on the disk
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
         self._warnings = WarningsFile(os.path.join(run.run_dir, WARNINGS))
@@ -65,10 +68,7 @@ class RunLog:
         `values` includes the step.
         """
         step = self._warnings.step = values["step"]
-        try:
-            self._file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            self._warn(step, self._file.name, error)
+        self._write(step, json.dumps(values))
         if plotted is None:
             plotted = {name: value for name, value in values.items() if name != "step" and value is not None}
         for board in self._boards:
@@ -80,14 +80,24 @@ class RunLog:
             with open(self._samples, "a") as file:
                 file.writelines(json.dumps({"step": step, **asdict(one)}) + "\n" for one in samples)
         except OSError as error:
-            self._warn(step, self._samples, error)
+            logger.warning("SAMPLES LOST: step %s: %s (%s); the run continues", step, self._samples, error)
         texts = {f"samples/{number}": one.prompt + one.text for number, one in enumerate(samples, 1)}
         for board in self._boards:
             board.add(step, texts)
 
-    def _warn(self, step: int, path: str, error: OSError) -> None:
-        """Log what was not written: a full disk does not stop the run."""
-        logger.warning("METRICS LOST: step %s: %s (%s); the run continues", step, path, error)
+    def _write(self, step: int, line: str) -> None:
+        """Write a line of metrics. A full disk does not stop the run: lines wait until there is room."""
+        try:
+            self._metrics.write(line)
+        except OSError as error:
+            if not self._full:
+                self._full = True
+                text = "METRICS DELAYED: step %s: %s (%s); the run continues, and writes them when it can"
+                logger.warning(text, step, self._metrics.path, error)
+            return
+        if self._full:
+            self._full = False
+            logger.info("step %s | the delayed metrics are written", step)
 
     def warn(self, lines: Iterable[str]) -> None:
         """Print lines on the console, and write them to warnings.jsonl."""
@@ -112,8 +122,10 @@ class RunLog:
     def close(self, end: RunEnd) -> None:
         """Close the files and the bar, and the boards in the state `end`."""
         self._bar.close()
-        with suppress(OSError):  # `record` has warned of a full disk
-            self._file.close()
+        try:
+            self._metrics.close()
+        except OSError as error:
+            logger.warning("METRICS LOST: the last lines of %s (%s)", self._metrics.path, error)
         self.close_boards(end)
         logger.removeHandler(self._warnings)
 
@@ -129,6 +141,8 @@ def open_run_log(
     machine: Mapping[str, Any] | None = None,
 ) -> RunLog:
     """Open the log of a run; next to it write the run file, DeepSpeed's `config` and a line on the `machine`.
+
+    After a restart the first metrics are those of the run's time, by the supervisor.
 
     Raises:
         UserError: the folder is not writable, or the package of a board is not installed.
@@ -149,6 +163,9 @@ def open_run_log(
         raise UserError(
             f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to a writable folder"
         ) from None
+    job = current(os.environ)
+    if job and job.accounts:
+        log.record({"step": first_step, **job.accounts})
     return log
 
 

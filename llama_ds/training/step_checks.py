@@ -135,7 +135,7 @@ class NormCheck:
             raise Corruption(
                 f"CORRUPTION: in step {self._step} {self._outlier(refused[0])}; the step is not taken; {ADVICE}",
                 sorted(one.rank for one in refused),
-                spoils_memory=False,
+                good_step=self._step - 1,
             )
         return [f"GRADIENT: in step {self._step} {self._outlier(one)}" for one in found[:1]]
 
@@ -156,6 +156,7 @@ class StateCheck:
         self._engine, self._hosts = engine, hosts
         self._left: Tensor | None = None
         self._step = 0
+        self._good = -1  # a step whose states in memory are good: they were copied before a comparison
 
     def before_step(self, step: int) -> None:
         self._step = step
@@ -172,7 +173,9 @@ class StateCheck:
                 f"CORRUPTION: before step {self._step} masters or moments of {named(wrong, self._hosts)} are not as "
                 f"the step before has left them; the step is not taken; {ADVICE}",
                 wrong,
+                self._good,
             )
+        self._good = self._step - 1
         return []
 
     def after_step(self) -> None:

@@ -227,6 +227,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "use 1, 2, 4 or 8"),
         ("parallel.sequence_parallel=true", "tiny.yaml: parallel.sequence_parallel = true shares rows over tp ranks "
          "and tp is 1; set it to false"),
+        ("parallel.tp_chunks=4", "tiny.yaml: parallel.tp_chunks = 4 overlaps the collectives of tp ranks and tp is 1; "
+         "set it to 1"),
         ("parallel.pp=5", "tiny.yaml: parallel.pp = 5 is more than model.num_hidden_layers = 4; use 4 or fewer"),
         ("parallel.partition=[2, 2]", "tiny.yaml: parallel.partition = [2, 2] has 2 entries, not pp = 1"),
         ("parallel.schedule=1f1", "tiny.yaml: parallel.schedule = '1f1' is not 1f1b, interleaved, zb_h1, dualpipe_v, "
@@ -236,6 +238,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("parallel.post_validation=true", "tiny.yaml: parallel.post_validation = true is for pp > 1 and schedule "
          "dualpipe_v, zb_v, v_half or v_min, whose first rank has embedding and loss; set it to false with pp 1 and "
          "1f1b"),
+        ("parallel.joint_weight_gradients=2", "tiny.yaml: parallel.joint_weight_gradients = 2 is for pp > 1 and this "
+         "stack's own schedules; use 1 with pp 1 and 1f1b"),
         ("parallel.virtual_stages=2", "tiny.yaml: parallel.virtual_stages = 2 cuts what pipeline ranks hold and pp is "
          "1; use 1"),
         ("parallel.extra_warmup=-1", "tiny.yaml: parallel.extra_warmup = -1 is negative"),
@@ -323,6 +327,9 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
         (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "compute.decoder_layer=autograd"],
          "parallel.schedule = dualpipe_v defers weight gradients, which compute.decoder_layer = autograd cannot; use "
          "manual_backward, or schedule 1f1b or interleaved"),
+        (["parallel.joint_weight_gradients=2", "compute.decoder_layer=autograd"],
+         "parallel.joint_weight_gradients = 2 defers weight gradients, which compute.decoder_layer = autograd cannot; "
+         "use manual_backward, or 1"),
         (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full "
          "requires compute.decoder_layer = manual_backward; autograd supports none or full"),
         (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto requires "
@@ -352,6 +359,14 @@ def test_tp_need_not_divide_the_vocabulary(folder: Path) -> None:
 def test_sequence_parallel_needs_a_divisible_row(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.seq_len = 33 is not a multiple of parallel.tp = 2"):
         load("parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=33")
+
+
+def test_chunks_need_the_manual_backward_and_a_divisible_row(folder: Path) -> None:
+    cut = "parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=48", "parallel.tp_chunks=5"
+    with pytest.raises(UserError, match=r"tp_chunks = 5 does not divide the 24 tokens of a row .* has; use 1, 2"):
+        load(*cut)
+    with pytest.raises(UserError, match=r"tp_chunks = 4 needs compute.decoder_layer = manual_backward; set it to 1"):
+        load(*cut[:3], "parallel.tp_chunks=4", "compute.decoder_layer=autograd")
 
 
 def test_every_stage_needs_a_layer(folder: Path) -> None:

@@ -212,6 +212,11 @@ CASES = [
         trained=True,
     ),
     Case("other model", overriding("model.intermediate_size=96"), ("intermediate_size 88, not 96",), trained=True),
+    Case(
+        "matrices too large",
+        overriding("optimizer.name=muon", "model.hidden_size=65536", "model.intermediate_size=262144"),
+        ("optimizer.name = muon", "stage ", "cannot hold whole matrices", "GiB of a rank", "the device has", "; use "),
+    ),
     Case("run folder is a file", run_folder_is_a_file, ("cannot write",)),
     Case("divergence", overriding("optimizer.lr=1e38", "optimizer.warmup_steps=0"), ("diverged", "optimizer.lr")),
 ]

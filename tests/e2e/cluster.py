@@ -98,8 +98,12 @@ class Job:
     def wait_for_attempt(self, number: int) -> None:
         """Wait until all ranks of an attempt have joined and completed a step."""
         self.wait_for(lambda: len(self.named("ranks joined")) >= number)
-        self.wait_for(lambda: "starting at step" in self._log(number) or "resumed at step" in self._log(number))
+        self.wait_for(lambda: self.has_begun(number))
         self.wait_for(lambda: "| loss " in self._log(number))
+
+    def has_begun(self, attempt: int) -> bool:
+        """Return whether an attempt has found the step that it starts from."""
+        return "starting at step" in self._log(attempt) or "resumed at step" in self._log(attempt)
 
     def resumed_at(self, attempt: int) -> int:
         """Return the step at which an attempt has resumed."""

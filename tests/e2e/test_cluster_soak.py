@@ -1,131 +1,185 @@
 """Random faults in one job on real hosts, one after another: its result equals that of an undisturbed run.
 
-SOAK_FAULTS and SOAK_SEED set the number and choice of faults, SOAK_RECORD a file for the measurements:
+Variables change what is done: SOAK_EVERY_S (seconds between faults), SOAK_FAULTS (their number), SOAK_KINDS (all, or
+names separated by commas), SOAK_SEED (shuffles them), SOAK_RECORD (a file for the measurements), SOAK_COLD (anything:
+without warm processes and checkpoints in memory), SOAK_SUBNET (another run may use the usual one). One hour:
 
-    SOAK_FAULTS=30 SOAK_RECORD=soak.json python -m pytest tests/e2e/test_cluster_soak.py
+    SOAK_EVERY_S=120 SOAK_FAULTS=29 SOAK_KINDS=all SOAK_SEED=1 SOAK_RECORD=soak.json \
+        python -m pytest tests/e2e/test_cluster_soak.py
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from cluster import Job, send, slow_links, start
+from cluster import Job, slow_links, start
+from faults import DISK_BYTES, KINDS, LINK_MBIT, WARM, Site, inject
 from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
+from llama_ds.experiments.attempts import ENDS
+from llama_ds.experiments.goodput import goodput
+from llama_ds.experiments.goodput_report import as_data
+from llama_ds.experiments.records import read_run
 from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
-FAULTS = int(os.environ.get("SOAK_FAULTS", "3"))
-SEED = int(os.environ.get("SOAK_SEED", "447"))  # its first three are the kinds that test_cluster_faults.py lacks
+EVERY_S = float(os.environ.get("SOAK_EVERY_S", "5"))
+QUICK = "launcher of a host,pdsh,state in memory,weights,disk full,two hosts at once"  # test_cluster_faults.py: more
+NAMED = os.environ.get("SOAK_KINDS", QUICK)
+FAULTS = int(os.environ.get("SOAK_FAULTS", "6"))
+SEED = os.environ.get("SOAK_SEED", "")
 RECORD = os.environ.get("SOAK_RECORD", "")
-KINDS = {  # fault -> outcome that the supervisor must report
-    "killed": "death",
-    "killed while saving": "death",
-    "stopped": "hang",
-    "cut off": "host lost",
-    "powered off": "host lost",
-    "pdsh": "launcher",
-    "launcher of a host": None,  # its ranks do not need it and continue
-    "warm process": None,
-}
-WARM = {"pdsh": "warm process", "launcher of a host": "warm process"}  # what stands for them after a warm restart
-ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", "mistake")
-NAMES = ("node1", "node2", "node3")  # the last is a spare
-LAYOUT = {
+COLD = bool(os.environ.get("SOAK_COLD"))
+SUBNET = int(os.environ.get("SOAK_SUBNET", "84"))
+NAMES = ("node1", "node2", "node3", "node4", "node5")  # the last two are spares
+RANKS = 3
+LAYOUT: dict[str, Any] = {
     "model.num_hidden_layers": 2,
-    "training.steps": 25 * FAULTS + 100,  # faults come by progress: enough for all
-    "checkpoint.interval": 5,
+    "training.global_batch": 6,
+    "training.steps": 20_000,  # more than there will be: the job is asked to end
+    "optimizer.lr": 1e-3,
+    "evaluation.rows": 0,
+    "deepspeed.bf16.enabled": True,
+}
+GUARDED: dict[str, Any] = {
+    "checkpoint.interval": 10,
     "checkpoint.keep_last": 3,
-    "evaluation.interval": 0,
+    "checkpoint.memory_interval": 0 if COLD else 1,
+    "checkpoint.compare_replicas": 1,
+    "checkpoint.compare_repeats": 1,
+    "checkpoint.compare_norms": True,
+    "checkpoint.compare_states": True,
 }
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(len(NAMES), tmp_path_factory.mktemp("hosts"), subnet=94, before=slow_links(16)) as those:
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small file system for the run, which the hosts share."""
+    folder = tmp_path_factory.mktemp("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
+    yield folder
+    if RECORD:  # the runs, to look at
+        shutil.copytree(folder, f"{RECORD}.runs", dirs_exist_ok=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Hosts]:
+    folder = tmp_path_factory.mktemp("hosts")
+    with Hosts(len(NAMES), folder, subnet=SUBNET, before=slow_links(LINK_MBIT)) as those:
         yield those
 
 
-@pytest.fixture(scope="module")
-def whole(make_run: Callable[..., Run]) -> Run:
-    """The undisturbed run: two ranks on this machine."""
-    run = make_run("whole", LAYOUT)
-    succeed(forked(2, TRAIN, run.file), run.log)
-    return run
-
-
-def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
+def test_the_losses_are_those_of_a_run_without_faults(
+    hosts: Hosts, disk: Path, make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses are equal to the bit, the exit code is 0, no process is left, and each fault is blamed on its rank."""
-    run = make_run("soak", LAYOUT)
-    spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[2:])
-    began = time.monotonic()
-    job = start(run, hosts, NAMES[:2], 1, "--supervise", "--spares", str(spares), orphan_s=12)
-    chance = random.Random(SEED)
-    kinds = [kind for _ in range(-(-FAULTS // len(KINDS))) for kind in chance.sample([*KINDS], len(KINDS))][:FAULTS]
+    patches = shutil.copytree(Path(__file__).parent / "flipping", tmp_path / "flipping")
+    monkeypatch.setenv("PYTHONPATH", f"{patches}:{os.environ.get('PYTHONPATH', '')}")
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    changes = {"checkpoint.memory_folder": str(memory), "output_dir": str(disk)}
+    run = Run(make_run("soak", LAYOUT | GUARDED | changes).file, disk / "soak")
+    spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[RANKS:])
+    options = ("--supervise", "--spares", str(spares), *(["--no-warm-processes"] if COLD else []))
+    job = start(run, hosts, NAMES[:RANKS], 1, *options, orphan_s=6, hang_min_s=8)
+    chance = random.Random(int(SEED or 0))
+    site = Site(job, hosts, memory, disk, patches, chance)
+    every = list(KINDS) if NAMED == "all" else NAMED.split(",")
+    rounds = [chance.sample(every, len(every)) if SEED else every for _ in range(-(-FAULTS // len(every)))]
+    kinds = list(itertools.chain(*rounds))[:FAULTS]
     faults: list[dict[str, Any]] = []
     try:
-        for kind in kinds:
-            faults.append(inject(kind, job, hosts, chance))
+        job.wait_for_attempt(1)
+        began = time.monotonic()
+        for number, kind in enumerate(kinds, 1):
+            pause(began + number * EVERY_S, job)
+            faults.append(disturb(kind, site))
+            print(faults[-1], flush=True)
+            record(job, faults)
+        pause(began + (FAULTS + 1) * EVERY_S, job)
+        job.process.send_signal(signal.SIGTERM)
         code = job.finish()
     finally:
         job.kill()
-        print(*faults, sep="\n")
-    seconds = time.monotonic() - began
-    equal = run.losses == whole.losses and run.validation_loss == whole.validation_loss
-    if RECORD:
-        record(Path(RECORD), job, faults, seconds, equal)
     assert code == 0, job.output[-4000:]
-    assert len(run.losses) == LAYOUT["training.steps"]
-    assert equal
     assert not job.left_running()
+    whole = make_run("whole", LAYOUT | {"checkpoint.stop_at": len(run.losses)})
+    succeed(forked(RANKS, TRAIN, whole.file), whole.log)
+    record(job, faults, run.losses, whole.losses)
+    assert run.losses == whole.losses
+    accounts = [line for line in run.metrics if "effective_share" in line]
+    assert accounts[-1]["failures"] == sum(fault["restarts"] for fault in faults)
+    assert 0 < accounts[-1]["effective_share"] < 1 and accounts[-1]["mtbf_s"] > 0
     for fault in faults:
         assert fault["found"] == KINDS[fault["kind"]], fault
         assert fault["restarts"] == (fault["found"] is not None), fault
-        assert fault["ranks"] == ([fault["rank"]] if fault["found"] in ("death", "hang", "host lost") else []), fault
+        if fault["found"] in ("death", "hang", "host lost", "corruption"):
+            assert fault["ranks"] and set(fault["ranks"]) <= set(fault["of_ranks"]), fault
 
 
-def inject(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str, Any]:
+def pause(until: float, job: Job) -> None:
+    """Wait until a monotonic time, while the job runs."""
+    while (left := until - time.monotonic()) > 0:
+        assert job.process.poll() is None, job.output[-4000:]
+        time.sleep(min(left, 0.5))
+
+
+def disturb(kind: str, site: Site) -> dict[str, Any]:
     """Let the job make progress, put a fault into it and wait until it makes progress again; return a record."""
-    goal = job.step + chance.randint(2, 12) + (60 if kind == "stopped" else 0)  # a hang needs a known step time
-    job.wait_for(lambda: job.step >= goal)
+    job = site.job
+    job.wait_for_steps(12 if kind == "stopped" else 3)  # a hang needs a known step time
     attempt = job.named("attempt started")[-1]
     kind = WARM.get(kind, kind) if attempt.get("warm") else kind
-    rank_hosts = list(attempt["hosts"])
-    rank = chance.randrange(len(rank_hosts))
-    host = rank_hosts[rank]
-    seen, step = len(job.events), job.step
-    repair = put(kind, job, hosts, host, rank)
-    began, wall, cut_short = time.monotonic(), time.time(), job.saves
+    seen, step, attempts = len(job.events), job.step, len(job.named("attempt started"))
+    injected = inject(kind, site)
+    began, wall = time.monotonic(), time.time()
+    if injected.lasts_s:
+        pause(began + injected.lasts_s, job)
+        injected.repair()
     if KINDS[kind]:
         job.wait_for(lambda: any(event["event"] in ENDS for event in job.events[seen:]))
         job.wait_for(lambda: any(event["event"] == "ranks joined" for event in job.events[seen:]))
-    job.wait_for(lambda: job.step > step)
-    recovered_s = time.monotonic() - began
-    repair()
+    ended = next((event for event in job.events[seen:] if event["event"] in ENDS), {})
+    now = len(job.named("attempt started"))
+    if now > attempts:
+        job.wait_for(lambda: job.has_begun(now))
+    job.wait_for(lambda: job.step > max(step, ended.get("step", 0)))
+    went_on_s = time.monotonic() - began
+    if not injected.lasts_s:
+        injected.repair()
+    stays = injected.hosts and injected.hosts[0] in job.named("attempt started")[-1]["hosts"]
+    if kind.startswith("state") and stays:  # the rank that sends it says that it is refused, or the first at a restart
+        refused = f"MEMORY CHECKPOINT: the state of rank {injected.ranks[0]} "
+        log = job.folder / f"attempt_{now:02d}" / "logs" / f"rank_{0 if now > attempts else injected.ranks[0]:05d}.log"
+        lines = job.wait_for(lambda: [line for line in log.read_text().splitlines() if refused in line])
+        injected.about["refused"] = [line.partition(refused)[2] for line in lines]
     new = job.events[seen:]
     first = next((event for event in new if event["event"] in ("detected", *ENDS)), None)
-    ended = next((event for event in new if event["event"] in ENDS), {})
     return {
         "kind": kind,
-        "step": step,
-        **({"save_cut_short": cut_short} if kind == "killed while saving" else {}),
-        "rank": rank,
-        "host": host,
+        "at_s": round(wall - job.events[0]["time"], 1),
+        "of_ranks": injected.ranks,
+        "of_hosts": injected.hosts,
+        **injected.about,
         "detected_s": round(first["time"] - wall, 2) if first else None,
-        "went_on_s": round(recovered_s, 2),
+        "went_on_s": round(went_on_s, 2),
+        "lost_steps": max(ended["step"] - job.resumed_at(now), 0) if ended and now > attempts else 0,
         "found": ended.get("event"),
         "ranks": ended.get("ranks", []),
         "hosts": ended.get("hosts", []),
@@ -133,51 +187,25 @@ def inject(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str
     }
 
 
-def put(kind: str, job: Job, hosts: Hosts, host: str, rank: int) -> Callable[[], object]:
-    """Put a fault into a job; return a function that repairs the host."""
-    if kind == "cut off":
-        hosts.unplug(host)
-        return lambda: hosts.plug(host)
-    if kind == "powered off":
-        hosts.power_off(host)
-        return lambda: hosts.start(host)
-    if kind == "pdsh":
-        every = psutil.Process(job.process.pid).children(recursive=True)
-        send(next(process for process in every if process.name() == "pdsh.bin"), signal.SIGKILL)
-        return lambda: None
-    if kind == "launcher of a host":
-        send(hosts.processes(host, "deepspeed.launcher.launch")[-1], signal.SIGKILL)
-        return lambda: None
-    if kind == "warm process":
-        found = hosts.processes(host, "llama_ds/standby.py")
-        if found:  # before an attempt's first step there is none
-            send(found[0], signal.SIGKILL)
-        return lambda: None
-    (victim,) = job.ranks(host)
-    if kind == "killed while saving":
-        job.wait_for_save()
-    send(victim, signal.SIGSTOP if kind == "stopped" else signal.SIGKILL)
-    return lambda: None
-
-
-def record(path: Path, job: Job, faults: list[dict[str, Any]], seconds: float, equal: bool) -> None:
-    """Write the measurements of the job to `path`."""
-    losses = json.dumps(job.run.losses).encode()
-    path.write_text(
-        json.dumps(
-            {
-                "date": date.today().isoformat(),
-                "machine": "2-core AMD EPYC VM, CPU only",
-                "load_1_min": round(os.getloadavg()[0], 2),
-                "seed": SEED,
-                "steps": LAYOUT["training.steps"],
-                "seconds": round(seconds, 1),
-                "restarts": len(job.named("restart")),
-                "losses_equal": equal,
-                "losses_sha256": hashlib.sha256(losses).hexdigest(),
-                "faults": faults,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+def record(
+    job: Job, faults: list[dict[str, Any]], losses: list[float] | None = None, whole: list[float] | None = None
+) -> None:
+    """Write the measurements to the file that is asked for, as far as they are known."""
+    if not RECORD:
+        return
+    known: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": "2-core AMD EPYC VM, CPU only",
+        "load_1_min": round(os.getloadavg()[0], 2),
+        "seed": SEED,
+        "every_s": EVERY_S,
+        "cold": COLD,
+        "ranks": RANKS,
+        "hosts": len(NAMES),
+    }
+    if losses is not None:
+        sums = [hashlib.sha256(json.dumps(one).encode()).hexdigest() for one in (losses, whole)]
+        known |= {"steps": len(losses), "losses_equal": losses == whole}
+        known |= {"losses_sha256": sums[0], "undisturbed_sha256": sums[1]}
+    known["report"] = as_data(goodput(read_run(str(job.run.dir)), 7 * 86400), 86400)
+    Path(RECORD).write_text(json.dumps({**known, "faults": faults}, indent=1) + "\n")

@@ -156,13 +156,15 @@ HOSTS = {f"node{i:03}": 8 for i in range(256)}
 
 
 def test_spares_take_the_places_of_bad_hosts(run: RunConfig) -> None:
-    """Ranks of good hosts keep their hosts, where their data caches are."""
+    """Ranks of good hosts keep their hosts, where their states in memory are, also when a replaced host is back."""
     host_pool = HostPool(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
     good = [host for host in host_pool.all_hosts if host not in ("node003", "node200")]
     chosen = host_pool.choose(good)
     assert list(chosen)[3] == "spare1"
     assert list(chosen)[200] == "spare3"  # spare2 has too few slots
     assert [h for h in chosen if h in HOSTS] == [h for h in HOSTS if h in good]
+    assert host_pool.choose(list(host_pool.all_hosts)) == chosen
+    assert list(host_pool.choose([host for host in host_pool.all_hosts if host != "spare3"]))[200] == "node003"
     assert host_pool.choose(list(HOSTS)) == HOSTS
 
 
@@ -174,6 +176,25 @@ def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None
     assert list(host_pool.choose(list(host_pool.all_hosts)))[7] == "spare1"
     # Without a spare, the host stays.
     assert host_pool.choose(list(HOSTS)) == HOSTS
+
+
+def test_strikes_decay_and_the_worst_host_makes_place_first(run: RunConfig) -> None:
+    """Two failures in a month exclude no host; among hosts that all failed twice, the spare replaces the worst."""
+    at = 0.0
+    host_pool = HostPool(run, HOSTS, {"spare1": 8}, lambda: at)
+    host_pool.blame(["node007"])
+    at = 15 * 86400.0
+    host_pool.blame(["node007"])
+    assert host_pool.strikes == {"node007": pytest.approx(1 + 0.5 ** (15 / 7), abs=1e-3)}
+    assert host_pool.choose(list(host_pool.all_hosts)) == HOSTS
+    for host, failures in (("node007", 1), ("node008", 3), ("node009", 2)):
+        host_pool.blame([host] * failures)
+    chosen = host_pool.choose(list(host_pool.all_hosts))
+    assert list(chosen)[7:10] == ["node007", "spare1", "node009"]
+    # node008 is free again, but who loses another host must not move those that hold the copies of its states.
+    assert (
+        list(host_pool.choose([host for host in host_pool.all_hosts if host != "node100"]))[7:10] == list(chosen)[7:10]
+    )
 
 
 def test_hosts_that_are_added_to_the_hostfile_are_used_or_are_spares(run: RunConfig) -> None:

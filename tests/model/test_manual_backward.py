@@ -16,7 +16,9 @@ from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.layout import loss_chunks
 from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.joint_products import multiplied_jointly
 from llama_ds.layout.loss_chunks import chunk_tokens
+from llama_ds.model import weight_gradients
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.linear import ShardedLinear, adjacent
@@ -211,6 +213,43 @@ def test_deferred_weight_gradients_are_the_same(shape: str, policy: str) -> None
     wanted = run(reference, *second, masked=False)
     found = {**found, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_two_micro_batches_weight_gradients_are_one_product(joins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as many additions to the buffers, to the same sums; by shape, whether copying the factors pays."""
+    reference, layer = layers("grouped_query", "none")
+    micro_batches = [(random(ROWS, T, 32, seed=s), random(ROWS, T, 32, seed=s + 1)) for s in (1, 3)]
+    gradients = layer.context.weight_gradients
+    buffers = {id(p): torch.zeros_like(p) for p in layer.parameters()}
+    added: list[int] = []
+    gradients.deferred, gradients.buffer_of = True, lambda p: buffers[id(p)]
+    gradients.observers.append(lambda weight, buffer, together: added.append(together))
+    whole: list[nn.Parameter] = []
+    gradients.added = whole.append
+    monkeypatch.setattr(weight_gradients, "multiplied_jointly", lambda *sizes: joins)
+    for x, grad in micro_batches:
+        run(layer, x, grad, masked=False)
+    layer.run_deferred_wgrad(2)
+    assert len(layer.weight_grads) == 0
+    assert added == ([2] * 7 if joins else [1] * 14)
+    assert len(whole) == 7, "each matrix is reduced once it has both gradients"
+    for x, grad in micro_batches:
+        total = run(reference, x, grad, masked=False)  # gradients accumulate
+    for name, weight in layer.named_parameters():
+        if "proj" in name:
+            torch.testing.assert_close(buffers[id(weight)], total[name], atol=1e-10, rtol=1e-10)
+
+
+def test_factors_are_copied_where_that_moves_fewer_bytes() -> None:
+    """65B, rows of 2,048 tokens: 8 bytes saved for each element of a matrix, 8 copied for each of its factors."""
+    assert multiplied_jointly(2048, 22016, 8192, 2, 2)
+    assert multiplied_jointly(2048, 8192, 4096, 2, 2)  # output projection at tp 2: 268 MB saved, 201 MB copied
+    assert not multiplied_jointly(2048, 8192, 1024, 2, 2)  # that of tp 8: 67 MB saved, 151 MB copied
+    model = ModelConfig(32000, 8192, 22016, 1, 64, 64, 128)
+    work = LayerWork(model, 2048, 1, tp=2)
+    assert work.joint_factor_bytes(2) == 2 * 2048 * (22016 + 8192) * 2
+    assert work.joint_factor_bytes(1) == 0
 
 
 def test_gradients_go_straight_into_the_engines_buffers() -> None:

@@ -81,8 +81,11 @@ class Case:
     kv_heads: int = 4
     pass_times: tuple[int, ...] | None = None
     post_validation: bool = False
+    tp_chunks: int = 1
+    joint_weight_gradients: int = 1
     fp8: str = "off"
     fp8_weight_gradients: bool = False
+    through_host: bool = False  # messages, as between ranks that share a GPU
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -165,6 +168,8 @@ def run_of(case: Case) -> RunConfig:
             case.cp_all_to_all,
             case.pass_times,
             case.post_validation,
+            case.tp_chunks,
+            case.joint_weight_gradients,
         ),
         compute=ComputeConfig(
             decoder_layer=case.decoder_layer, fp8=case.fp8, fp8_weight_gradients=case.fp8_weight_gradients

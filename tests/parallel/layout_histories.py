@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from tests import warm
-from tests.parallel.layout_cases import Case, train_reference
+from tests.parallel.layout_cases import STEPS, Case, train_reference
 
 # loss and gradient norm of each step; the validation loss after them; the last step's norms of every weight by kind
 History = tuple[list[tuple[float, float]], float, dict[str, list[float]]]
@@ -43,8 +43,8 @@ def check_equals_plain(case: Case, trained: History, tolerance: tuple[float, flo
     """Check losses, gradient norms and norms of every weight, to relative tolerances, against one rank of plain torch.
 
     The tolerance of gradient norms is also that of the norms of every weight, but ten times as large for updates of two
-    kinds: that of eight weights near 1 (norms of heads) is a difference of 1e-3 with their rounding of 6e-8 each, and
-    Muon enlarges small singular values together with their rounding.
+    kinds: that of eight weights near 1 (norms of heads) is a difference of 1e-3 with their rounding of 6e-8 each, a
+    tenth of it at the end of the schedule, and Muon enlarges small singular values together with their rounding.
     """
     (history, validation, norms), reference = trained, reference_of(case.reference)
     assert len(history) == case.steps <= len(reference)
@@ -57,4 +57,5 @@ def check_equals_plain(case: Case, trained: History, tolerance: tuple[float, flo
     for kind in norms:
         wanted = reference[case.steps - 1][3][kind]
         factor = 10 if kind == "update" and (case.neighbour or case.muon) else 1
+        factor *= 10 if kind == "update" and case.neighbour and case.steps == STEPS else 1
         assert norms[kind] == pytest.approx(wanted, rel=factor * norm_tolerance, abs=0), f"{kind} norms"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -25,8 +26,10 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.errors import Corruption, UserError
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.weights import key_of, weight_of
-from llama_ds.parallel import world
+from llama_ds.model import weight_gradients
+from llama_ds.parallel import messages, world
 from llama_ds.parallel.context_parallel import GroupContextParallel
 from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
@@ -48,38 +51,46 @@ from tests.parallel.layout_cases import (
     reference_model,
     step_batches,
 )
+from tests.parallel.step_memory import counted_matrices
 
 
 def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
     """Return loss and gradient norm of each step, the validation loss after the last, and that step's norms by kind."""
-    run = case.run
+    once = case.steps - 1  # in the step before the last
+    every: dict[str, Any] = {"compare_replicas": once, "compare_norms": True}
+    if not case.post_validation:
+        every |= {"compare_repeats": once, "compare_states": True}
+    run = replace(case.run, checkpoint=replace(case.run.checkpoint, **every))
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
+    added: Counter[int] = Counter()
+    engine.context.weight_gradients.observers.append(lambda weight, buffer, together: added.update([together]))
     check_initial_weights(case, engine.deepspeed)
     if case.pass_times:
         check_other_orders_are_refused(case)
     batches = micro_batches(case, engine.dp_rank)
     history, results = [], []
     norms = LayerNorms(engine.deepspeed, run.model)
-    once = case.steps - 1  # in the step before the last
-    every: dict[str, Any] = {"compare_replicas": once, "compare_norms": True}
-    if not case.post_validation:
-        every |= {"compare_repeats": once, "compare_states": True}
-    checked = replace(run.checkpoint, **every)
     here = torch.distributed.get_rank(), ["host"] * case.world, torch.device("cpu")
-    checks = StepChecks(replace(run, checkpoint=checked), case.layout, engine, *here)
-    with cp_bytes() as sent, patch.object(checks, "examine", uncounted(sent, checks.examine)):
+    checks = StepChecks(run, case.layout, engine, *here)
+    # Their rows are too long for any: products for several micro-batches, and for one, within one layer.
+    small = patch.object(weight_gradients, "multiplied_jointly", lambda tokens, outputs, inputs, *_: outputs > inputs)
+    with small, cp_bytes() as sent, patch.object(checks, "examine", uncounted(sent, checks.examine)):
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
                 if case.muon:
                     engine.trace.start()
             checks.before_step(step + 1)
-            results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
+            last = case.muon and step == case.steps - 1
+            with counted_matrices(engine.deepspeed) if last else nullcontext() as ledger:
+                results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
             assert checks.lines() == [], "no step is suspicious"
             if not case.post_validation:  # reading settles the step
                 history.append(engine.read(results.pop()))
     history += map(engine.read, results)
     layer_check = checks.layer_check
+    joint = case.joint_weight_gradients
+    assert max(added, default=1) == joint, added  # micro-batches of which gradients were added at once
     if not case.post_validation:
         assert layer_check is not None and layer_check.exact is not None and layer_check.exact.all(), (
             "a CPU repeats all"
@@ -92,6 +103,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
     if case.muon:
         check_orthogonalised(case, engine.deepspeed, [norm for _, norm in history])
+        assert ledger is not None
+        check_memory(case, ledger.most_matrices, history[-1][1])
         if case.pp > 1 and case.schedule != "deepspeed":
             check_order(case, engine.trace, history[-2][1])
     batches = step_batches(case, engine.dp_rank, VALIDATION)
@@ -184,6 +197,19 @@ def check_orthogonalised(case: Case, engine: Any, norms: list[float]) -> None:
     assert [sum(column) for column in zip(*every, strict=True)] == [layer * case.steps, layer * wrong], every
 
 
+def check_memory(case: Case, counted: int, norm: float) -> None:
+    """Check that Muon's step held as many bytes as the plan says of the fullest rank of each stage, plus a few flags.
+
+    Where our pipeline did not clip, it held no clipped gradient, which the plan counts.
+    """
+    every = world.gather((case.layout.coords(torch.distributed.get_rank()).pp, counted))
+    element_bytes = DTYPES[case.dtype].itemsize
+    for position, held in enumerate(rank_memory(case.run, case.layout, element_bytes)):
+        most = max(size for stage, size in every if stage == position)
+        exact = case.pp == 1 or case.schedule == "deepspeed" or norm > case.clip
+        assert (0.7 if exact is False else 1) * held.matrices <= most <= held.matrices + 8, (most, held)
+
+
 def check_order(case: Case, trace: Trace, norm_before: float) -> None:
     """Check that the last step, if the one before was not clipped, orthogonalised in its waits for gradients."""
     events = [what for what, *_ in trace._events]
@@ -241,7 +267,8 @@ def main() -> None:
         world.join(rank_info)
         histories = []
         for case in cases:
-            with series.engine():
+            staged = patch.object(messages, "_through_host", lambda *_, case=case: case.through_host)
+            with series.engine(), staged:
                 histories.append(train(case))
             if rank_info.rank == 0:
                 print(case.name, histories[-1][0][0], histories[-1][0][-1], flush=True)

@@ -38,12 +38,22 @@ class Case:
     masked: bool
     groups: int
     policy: str
+    chunks: int = 1
+    deferred: bool = False  # weight gradients
 
 
+# Masks and heads are independent of each other and of the chunks.
 CASES = [
-    Case(*values)
-    for values in itertools.product((2, 4), (False, True), (False, True), (8, 4), POLICIES)
-    if values[3] == 4 or not values[2]  # masks are independent of the heads, so test them with grouped queries only
+    *(
+        Case(tp, sequence, False, 4, policy)
+        for tp, sequence, policy in itertools.product((2, 4), (False, True), POLICIES)
+    ),
+    *(Case(2, sequence, False, 8, policy) for sequence, policy in itertools.product((False, True), POLICIES)),
+    *(Case(tp, tp == 4, True, 4, policy) for tp, policy in itertools.product((2, 4), POLICIES)),
+    *(
+        Case(2, sequence, False, 4, policy, 4, deferred)
+        for sequence, policy, deferred in itertools.product((False, True), POLICIES, (False, True))
+    ),
 ]
 
 
@@ -62,11 +72,11 @@ class Recording(GroupTensorParallel):
 
         return wait
 
-    def _issue_gather(self, x: Tensor) -> Pending:
-        return self._recorded("gather", super()._issue_gather(x))
+    def _issue_gather(self, x: Tensor, out: Tensor) -> Pending:
+        return self._recorded("gather", super()._issue_gather(x, out))
 
-    def _issue_scatter_sum(self, x: Tensor) -> Pending:
-        return self._recorded("reduce", super()._issue_scatter_sum(x))
+    def _issue_scatter_sum(self, x: Tensor, out: Tensor) -> Pending:
+        return self._recorded("reduce", super()._issue_scatter_sum(x, out))
 
     def _issue_sum(self, x: Tensor) -> Pending:
         return self._recorded("norm" if x.dim() == 1 else "reduce", super()._issue_sum(x))
@@ -96,7 +106,11 @@ def random(seed: int, *shape: int) -> Tensor:
 
 def own_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
     """Return this rank's part of a replicated (B, T, D)."""
-    return x.chunk(tp.size, 1)[tp.rank].contiguous() if tp.sequence_parallel else x
+    if not tp.sequence_parallel:
+        return x
+    rows, tokens, width = x.shape
+    chunks = x.flatten(0, 1).chunk(tp.chunks_of(rows * tokens // tp.size))
+    return torch.cat([chunk.chunk(tp.size)[tp.rank] for chunk in chunks]).view(rows, -1, width)
 
 
 def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Tensor]:
@@ -104,6 +118,8 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Te
     x = x.clone().requires_grad_()
     y = layer((x, STARTS))[0] if masked else layer(x)
     y.backward(grad)
+    if isinstance(layer, ManualBackwardLayer) and layer.weight_grads.deferred:
+        layer.run_deferred_wgrad()
     found = {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
     return {name: value.clone() for name, value in found.items() if value is not None}
 
@@ -111,6 +127,7 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Te
 def compare(case: Case, tp: TensorParallel) -> dict[str, Any]:
     """Return the largest difference from autograd, relative to each gradient's size, and from finite differences."""
     context = build(case, tp)
+    context.weight_gradients.deferred = case.deferred
     reference, layer = (
         DecoderLayer(context, 0).double(),
         ManualBackwardLayer(context, 0, case.policy, first=True).double(),
@@ -166,9 +183,10 @@ def saved_bytes(case: Case, tp: TensorParallel) -> int:
 
 def record(case: Case, group: dist.ProcessGroup) -> list[str]:
     """Return the events of two layers' forward and backward; "backward" separates them."""
-    tp = Recording(group, case.sequence_parallel)
+    tp = Recording(group, case.sequence_parallel, chunks=case.chunks)
     tp.events = []
     context = build(case, tp)
+    context.weight_gradients.deferred = case.deferred
     both = nn.Sequential(
         ManualBackwardLayer(context, 0, case.policy, first=True), ManualBackwardLayer(context, 1, case.policy)
     ).double()
@@ -193,7 +211,7 @@ def main() -> None:
     group_of: dict[int, dist.ProcessGroup] = {2: pairs[rank_info.rank // 2], 4: dist.group.WORLD}  # type: ignore[dict-item]
     results: list[dict[str, Any]] = []
     for case in CASES:
-        tp = GroupTensorParallel(group_of[case.tp], case.sequence_parallel)
+        tp = GroupTensorParallel(group_of[case.tp], case.sequence_parallel, chunks=case.chunks)
         results.append({"case": asdict(case), **gathered(compare(case, tp))})
         if not case.masked:
             results[-1]["saved"] = saved_bytes(case, tp)

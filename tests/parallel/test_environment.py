@@ -63,6 +63,10 @@ def test_a_number_that_is_none(launched: pytest.MonkeyPatch, name: str, value: s
             f"GLOO_SOCKET_IFNAME = 'ib9' is no network interface of {HOST}, which has eth0, lo{FIX}",
         ),
         ("DS_ACCELERATOR", "gpu", "DS_ACCELERATOR = 'gpu' is not cuda or cpu; unset it to use what is there"),
+        (
+            *("LLAMA_DS_BACKEND", "nccl"),
+            "LLAMA_DS_BACKEND = 'nccl' is not gloo, which lets ranks share a GPU; unset it for one rank on each",
+        ),
     ],
 )
 def test_other_mistakes(launched: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:

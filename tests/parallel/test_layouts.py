@@ -49,16 +49,16 @@ OPTIONS = [
     Case(zero=0, recompute="full", decoder_layer="autograd"),
     Case(zero=1, dtype="bf16"),
     Case(zero=1, recompute="budget: 0.0002 GiB"),
-    Case(1, 2, 1, zero=0, micro_batch=4, recompute="selective"),
+    Case(1, 2, 1, zero=0, micro_batch=4, recompute="selective", tp_chunks=2),
     Case(1, 2, 1, zero=2, micro_batch=4, z_loss=1e-3, recompute="full"),
     Case(1, 2, 1, zero=3, micro_batch=4, sequence_parallel=True, tied=True),
     Case(2, 1, 1, tied=True, z_loss=1e-3),
     Case(2, 1, 1, document_mask=True, recompute="full", micro_batch=2),
     Case(2, 1, 1, dtype="bf16"),
     Case(2, 1, 1, partition=(1, 3), recompute="selective,none"),
-    Case(2, 2, 1, sequence_parallel=True, tied=True, document_mask=True, micro_batch=2),
+    Case(2, 2, 1, sequence_parallel=True, tied=True, document_mask=True, micro_batch=2, through_host=True),
     Case(2, 2, 1, sequence_parallel=True, dtype="bf16", recompute="full", decoder_layer="autograd", micro_batch=2),
-    Case(1, 2, 2, zero=3, micro_batch=2, sequence_parallel=True, recompute="selective"),
+    Case(1, 2, 2, zero=3, micro_batch=2, sequence_parallel=True, recompute="selective", tp_chunks=4),
     Case(1, 1, 2, zero=3, decoder_layer="autograd"),
     Case(1, 2, 2, zero=2, micro_batch=2, dtype="bf16"),
     Case(4, 1, 1, tied=True, micro_batch=2, recompute="selective"),
@@ -82,7 +82,8 @@ SCHEDULES = [
 ]
 SCHEDULES_AND_OPTIONS = [
     Case(4, 1, 2, extra_warmup=1, **H1),
-    Case(4, 2, 1, sequence_parallel=True, **H1),
+    Case(4, 2, 1, sequence_parallel=True, tp_chunks=4, **H1),
+    Case(2, 2, 1, joint_weight_gradients=2, sequence_parallel=True, tied=True, **ZB_V),
     Case(2, 1, 1, layers=6, schedule="interleaved", virtual_stages=3, recompute="full"),
     Case(2, 1, 1, tied=True, document_mask=True, **H1),
     Case(2, 1, 2, tied=True, dtype="bf16", **H1),
@@ -92,7 +93,7 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 1, 2, document_mask=True, recompute="selective", **V),
     Case(2, 1, 2, decoder_layer="autograd", recompute="full", **INTERLEAVED),
     Case(2, 2, 1, sequence_parallel=True, recompute="full", dtype="bf16", micro_batch=2, **INTERLEAVED),
-    Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", micro_batch=2, **H1),
+    Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", micro_batch=2, tp_chunks=8, **H1),
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
     Case(2, 1, 2, tied=True, document_mask=True, dtype="bf16", recompute="none,full,selective,none", **ZB_V),
     # A head that takes long, more micro-batches in flight, fewer of them than twice the stages
@@ -126,14 +127,15 @@ CONTEXT_PARALLEL = [
     Case(1, 1, 1, zero=3, micro_batch=4, dtype="bf16", **ALL_TO_ALL),
     Case(2, 1, 1, micro_batch=4, cp=4, cp_method="hierarchical", document_mask=True),
     Case(1, 1, 2, zero=3, micro_batch=2, **RING),
-    Case(2, 1, 1, micro_batch=4, schedule="zb_h1", tied=True, document_mask=True, recompute="selective", **RING),
+    Case(2, 1, 1, micro_batch=4, schedule="zb_h1", tied=True, document_mask=True, recompute="selective", **RING,
+         through_host=True),
     Case(2, 1, 1, micro_batch=4, schedule="interleaved", virtual_stages=2, **ALL_TO_ALL),
     Case(2, 1, 1, micro_batch=2, schedule="dualpipe_v", virtual_stages=2, recompute="none,full,selective,none",
          **RING, partition=(1, 1, 1, 1)),
     Case(2, 1, 1, micro_batch=4, schedule="deepspeed", **RING),
     Case(2, 2, 1, micro_batch=4, sequence_parallel=True, recompute="full", **RING),
     # two key-value heads on a rank, shared by four
-    Case(1, 2, 1, micro_batch=4, sequence_parallel=True, cp=4, cp_method="all_to_all"),
+    Case(1, 2, 1, micro_batch=4, sequence_parallel=True, tp_chunks=4, cp=4, cp_method="all_to_all"),
 ]  # fmt: skip
 # Factors of muP: four times the base's width, heads four times as large.
 MUP = [
@@ -141,7 +143,7 @@ MUP = [
     Case(1, 2, 1, zero=0, tied=True, micro_batch=4, sequence_parallel=True, recompute="full"),
     Case(2, 1, 1, neighbour=True, muon="moonlight", **STOCK),
     Case(2, 1, 1, tied=True, z_loss=1e-3, **H1),
-    Case(2, 1, 2, dtype="bf16", **V),
+    Case(2, 1, 2, dtype="bf16", joint_weight_gradients=2, **V),
 ]
 # Updates before the norm. The norms of the first steps are 2.25, 2.31, 2.47, 1.66 and 1.81, with eight layers 3.35,
 # 3.06, 3.13, 2.53 and 3.05. The second update (clip 2.3), or the third (clip 3.1), is undone; with 100 all from the
@@ -160,8 +162,8 @@ CURRENT = [
     Case(1, 1, 2, zero=3, micro_batch=2, **RING),
 ]
 DELAYED = [
-    Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, fp8_weight_gradients=True),
-    Case(2, 2, 1, micro_batch=2, fp8_weight_gradients=True, **H1),
+    Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, tp_chunks=2, fp8_weight_gradients=True),
+    Case(2, 2, 1, micro_batch=2, tp_chunks=2, fp8_weight_gradients=True, joint_weight_gradients=2, **H1),
     Case(2, 1, 1, dtype="bf16", micro_batch=2, **V),
     Case(2, 1, 1, micro_batch=4, **STOCK),
 ]

@@ -13,13 +13,13 @@ import pytest
 from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.run_file import load_run
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, ParallelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.communication import RankGroup, all_reduce, contention, half, message
+from llama_ds.perf.plan.communication import RankGroup, all_reduce, contention, exposed_by_chunks, half, message
 from llama_ds.perf.plan.compute import gemm
 from llama_ds.perf.plan.curves import ALL_REDUCE, Collective, Curves
 from llama_ds.perf.plan.estimate import Estimate, as_data, estimate, report
@@ -28,8 +28,10 @@ from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import layer_time
 from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.rank_spread import expected_maximum, slowdown
+from llama_ds.perf.plan.relief import check_matrices
 from llama_ds.perf.plan.search import search
 from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_times
+from llama_ds.perf.plan.tensor_chunks import best_chunks, with_chunks
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, simulate
 
@@ -188,6 +190,60 @@ def test_nothing_hides_the_gather_of_the_gradient_that_a_stage_receives() -> Non
     assert layer_time(A100, planned("parallel.schedule=zb_h1").step.job, "none").ahead < layer.ahead
 
 
+@pytest.mark.parametrize(
+    ("count", "times", "how", "exposed"),
+    [
+        (1, (3, 2, 1, 4), {}, 3),  # the product behind waits for sum and gather
+        (2, (3, 2, 1, 4), {}, 4),  # both gathers, of which nothing is between issue and wait, and the second sum
+        (3, (3, 2, 1, 4), {}, 0),
+        (4, (3, 2, 1, 4), {"early": True}, 0),
+        (4, (3, 2, 1, 4), {"early": False}, 0),
+        (4, (1, 2, 1, 6), {"early": True}, 4),  # three sums longer than the product beside them
+        (4, (1, 2, 1, 6), {"early": False}, 2),  # the first sum, and the first gather behind the second sum
+        (4, (3, 2, 1, 4), {"ends": True}, 2),  # the last sum; its gather has three products beside it
+        (4, (0, 0, 1, 4), {}, 1),  # the first gather of a layer
+        (4, (3, 2, 0, 0), {}, 2),  # the last sum of a layer
+        (4, (3, 5, 0, 0), {}, 4 * 5 - 3 * 3),  # the link takes longer than the products
+    ],
+)
+def test_chunks_hide_all_but_the_ends(
+    count: int, times: tuple[float, float, float, float], how: dict[str, bool], exposed: float
+) -> None:
+    """By hand, on the order that `tests/parallel/test_manual_backward_tp.py` records on real ranks."""
+    assert exposed_by_chunks(count, *times, **how) == exposed
+
+
+def test_chunks_are_planned_where_they_pay() -> None:
+    """With small micro-batches, cut products lose more than the overlap saves."""
+    cut = "parallel.tp=8", "parallel.pp=8", "parallel.schedule=zb_h1", "parallel.virtual_stages=1"
+    job = planned(*cut, "parallel.micro_batch=4").step.job
+    assert job.split_share > 0.5 and best_chunks(A100, job) == 4
+    assert best_chunks(A100, replace(job, micro_batch=1)) == 1
+    assert best_chunks(A100, replace(job, zero_stage=3)) == 1
+    run = planned("parallel.tp=8", "parallel.pp=8", "parallel.schedule=1f1b", "parallel.micro_batch=4").run
+    assert with_chunks(A100, run, job)[0].parallel.tp_chunks == 4
+    by_autograd = replace(run, compute=replace(run.compute, decoder_layer="autograd"))
+    assert with_chunks(A100, by_autograd, job) == (by_autograd, job), "its layers wait for each collective at once"
+    whole, chunks = (layer_time(A100, replace(job, tp_chunks=n), "none") for n in (1, 4))
+    for before, after in ((whole.forward, chunks.forward), (whole.input_backward, chunks.input_backward)):
+        assert after.tensor < before.tensor and after.matrices > before.matrices
+        assert after.device < before.device < after.device + before.tensor
+
+
+def test_weight_gradients_in_pairs_are_counted() -> None:
+    """65B at tp 2: a pair adds once to its buffers and copies factors. At tp 8 most copies would cost more."""
+    v = ("parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.pp=8", "parallel.tp=2")
+    single, pairs = (planned(*v, f"parallel.joint_weight_gradients={joint}") for joint in (1, 2))
+    alone, shared = (layer_time(A100, found.step.job, "none", 1.0).weight_backward for found in (single, pairs))
+    assert 0.6 < shared.pointwise / alone.pointwise < 0.8
+    assert shared.matrices <= alone.matrices
+    narrow = planned("parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.joint_weight_gradients=2")
+    alone, shared = (layer_time(A100, narrow.step.job, "none", share).weight_backward for share in (0.0, 1.0))
+    assert 0.8 < shared.pointwise / alone.pointwise < 1
+    held = [sum(rank.activations for rank in found.memory) for found in (single, pairs)]
+    assert held[1] > held[0]
+
+
 def test_updates_before_their_norm_hold_states_twice_and_say_so() -> None:
     v = ("parallel.schedule=dualpipe_v", "parallel.virtual_stages=2")
     plain, twice = planned(*v), planned(*v, "parallel.post_validation=true")
@@ -237,6 +293,46 @@ def test_muon_pays_for_whole_matrices() -> None:
     assert muon.step.seconds - adamw.step.seconds == pytest.approx(muon.step.optimizer - adamw.step.optimizer)
     assert muon.peak_bytes < adamw.peak_bytes
     assert "Newton-Schulz" in explain(muon) and "8 of hidden matrices" in explain(muon)
+
+
+def test_whole_matrices_are_planned_where_muon_holds_them() -> None:
+    """7B on one rank, in bf16: what is to be orthogonalised, the results, and temporaries of the last matrix.
+
+    `tests/parallel/layout_worker.py` counts the bytes of real steps.
+    """
+    options = ("parallel={micro_batch: 1, recompute: full}", "training.global_batch=64", "optimizer.name=muon")
+    one = planned(*options, size="7b", gpus=1)
+    elements, (held,) = 32 * (4 * 4096**2 + 3 * 4096 * 11008), one.memory
+    last = 3 * 4096 * 11008 + 4096**2  # four (n, m), one of which will be its result, and one (n, n)
+    assert held.matrices == 2 * (2 * elements + last)
+    assert held.total == held.kept + held.matrices > held.kept + held.activations + held.working
+    assert "DOES NOT FIT" in report(one) and "matrices" in report(one) and "whole matrices" in explain(one)
+    shared = planned(*options, size="7b", gpus=8)
+    assert shared.memory[0].matrices < held.matrices / 4
+    smaller = load_run(str(REPO / "ds_configs/llama_7b.yaml"), [*options, "model.num_hidden_layers=24"])
+    found = search(replace(smaller, parallel=ParallelConfig()), 1, A100)
+    assert "whole matrices of Muon do not fit" in found.rejected and found.best[0].fits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gib", "words"),
+    [
+        ("", 45, "stage 0 .* 48.58 GiB .* 45.00 GiB; use .*stage=2, planned to need .* less$"),
+        ("pp: 2", 26, "stage 1 .*; use parallel.tp=2 parallel.sequence_parallel=true, planned to need .* less$"),
+        ("pp: 2", 10, "less, which alone is not enough: use more ranks or larger devices too$"),
+        ("pp: 4, tp: 2, sequence_parallel: true", 2, "use more ranks or larger devices$"),
+    ],
+)
+def test_stages_that_cannot_hold_whole_matrices_are_refused(sizes: str, gib: int, words: str) -> None:
+    options = [f"parallel={{micro_batch: 1, recompute: full, {sizes}}}", "training.global_batch=64"]
+    run = load_run(str(REPO / "ds_configs/llama_7b.yaml"), [*options, "optimizer.name=muon"])
+    layout = resolve_layout(run, 8)
+    with pytest.raises(UserError, match=f"^.*optimizer.name = muon: .*{words}"):
+        check_matrices(run, layout, 2, gib * 2**30)
+    check_matrices(run, layout, 2, 80 * 2**30)
+    check_matrices(
+        replace(run, optimizer=replace(run.optimizer, name="adamw")), layout, 2, 1
+    )  # out_of_memory.py speaks
 
 
 def test_memory_agrees_with_the_trainers_own_model() -> None:

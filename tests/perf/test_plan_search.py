@@ -17,11 +17,12 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.planned_documents import one_document, ring_imbalance
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.bound import lower_bound
 from llama_ds.perf.plan.cost import run_cost
 from llama_ds.perf.plan.estimate import estimate, report
 from llama_ds.perf.plan.job import job_of
 from llama_ds.perf.plan.page import page
-from llama_ds.perf.plan.search import KINDS, SearchResult, layouts, lower_bound, search
+from llama_ds.perf.plan.search import KINDS, SearchResult, layouts, search
 from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.sizes import rows_of
 from llama_ds.perf.plan.step import step_time
@@ -140,6 +141,11 @@ def test_the_bound_is_below_the_simulated_time() -> None:
             continue
         job = job_of(item.run, item.layout, stage_policies(item.run, item.layout, 2))
         assert lower_bound(A100, job) <= step_time(A100, job).seconds * (1 + 1e-9)
+    order = ["parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.extra_warmup=2", "parallel.pp=4"]
+    early = [*order, "parallel.post_validation=true"]
+    for batch, options in ((8, order), (8, early), (64, order), (64, early)):  # one micro-batch and eight
+        item = estimate(base("13b", f"training.global_batch={batch}", "parallel.tp=2", *options), 64, A100)
+        assert lower_bound(A100, item.step.job) <= item.step.seconds * (1 + 1e-9)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.communication import message_of
 from llama_ds.schedules.instructions import COMPUTES, POSTS, SENDS, Instruction, Op, Placement
+from llama_ds.schedules.joint_weights import joint_counts, joint_share
 from llama_ds.schedules.leading import leading_forwards, time_between_steps
 from llama_ds.schedules.schedule import IN_A_V, NAMES, Schedule, obstacle, split_share
 from llama_ds.schedules.simulate import StageCost, simulate
@@ -46,13 +47,43 @@ def schedules(draw: st.DrawFn) -> Schedule:
         passes = draw(st.sampled_from([3, 6 * ranks]))
         times = (*draw(st.tuples(*[st.integers(1, 100)] * passes)), draw(st.integers(0, 50)))
         micro_batches = min(micro_batches, 3 * ranks)
-    return Schedule(name, ranks, micro_batches, chunks, extra, times)
+    return Schedule(name, ranks, micro_batches, chunks, extra, times, draw(st.sampled_from([1, 1, 2, 3])))
 
 
 @settings(max_examples=40, deadline=None)
 @given(schedules())
 def test_any_size_is_right(schedule: Schedule) -> None:
     verify(schedule)
+    for rank in range(schedule.ranks):
+        counts = joint_counts(schedule.computations(rank), schedule.joint)
+        assert max(counts.values(), default=0) <= schedule.joint
+        assert sum(counts.values()) == len(counts), "every weight gradient is computed once"
+
+
+@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("zb_h1", 1), ("interleaved", 2), ("dualpipe_v", 2)])
+def test_pairs_of_weight_gradients_cost_a_micro_batch_of_a_chunk(name: str, chunks: int) -> None:
+    """All weight gradients are computed in pairs, for which a rank holds one micro-batch more of each chunk."""
+    single, pairs = Schedule(name, 4, 8, chunks), Schedule(name, 4, 8, chunks, joint=2)
+    for rank in range(4):
+        counts = joint_counts(pairs.computations(rank), 2)
+        assert sorted(counts.values()) == [0] * 4 * chunks + [2] * 4 * chunks
+        assert pairs.in_flight(rank) <= single.in_flight(rank) + chunks
+
+
+def test_a_zero_bubble_v_pairs_weight_gradients_without_a_longer_bubble() -> None:
+    """Passes of 10, 12 and 8, messages of 1, with the memory of a further micro-batch of each chunk."""
+    cost, times = StageCost(10, 12, 8), (10, 12, 8, 1)
+    single, pairs = (Schedule("zb_v", 8, 32, 2, 2, times, joint) for joint in (1, 2))
+    shares = [joint_share(pairs.computations(rank), chunk, 2) for rank in range(8) for chunk in (0, 1)]
+    assert min(shares) > 0.6
+    assert max(map(pairs.in_flight, range(8))) <= max(map(single.in_flight, range(8))) + 2
+    assert simulate(pairs, cost, latency=1).length <= 1.01 * simulate(single, cost, latency=1).length
+
+
+def test_the_first_micro_batch_can_stand_apart() -> None:
+    """A layer's work on it is recorded and repeated; later ones still form pairs."""
+    steps = Schedule("1f1b", 2, 4, joint=2).computations(1)
+    assert [n for _, n in joint_counts(steps, 2, first_apart=True).items()] == [1, 1, 0, 2]
 
 
 @pytest.mark.slow

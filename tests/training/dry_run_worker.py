@@ -40,7 +40,7 @@ def record(name: str, run_file: str, overrides: list[str], folder: Path, rank_in
         engine.read(engine.train_step(iter(rows), run.optimizer.lr))
     world.barrier()
     engine.trace.write(str(folder / name), rank_info.rank)
-    found = {"building": building, "step": ledger.calls, "held": held}
+    found = {"building": building, "step": ledger.calls, "held": held, "matrices": ledger.most_matrices}
     (folder / name / f"calls{rank_info.rank}.json").write_text(json.dumps(found))
     engine.deepspeed.destroy()
 

@@ -34,8 +34,8 @@ SCALE = 1.1
 def scaled_sum(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return the sum over tensor-parallel ranks with a wrong scale."""
 
-    def start(self: Any, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        pending = original(self, x)
+    def start(self: Any, *rest: Any) -> Callable[[], torch.Tensor]:
+        pending = original(self, *rest)
         return lambda: pending() * SCALE
 
     return start
@@ -110,7 +110,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
         GroupContextParallel, "all_to_all", reversed_parts(GroupContextParallel.all_to_all)
     ),
     "muon": lambda: patch.object(MatrixExchange, "start_gather", turned_matrices(MatrixExchange.start_gather)),
-    "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),
+    "tp": lambda: patch.object(GroupTensorParallel, "reduce_tokens", scaled_sum(GroupTensorParallel.reduce_tokens)),
 }
 
 

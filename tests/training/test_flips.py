@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from llama_ds.benchmarks.flips.request import IN_STEP, SITES, STORED, FlipRequest
+from llama_ds.benchmarks.flips.run import SUMS, read, together
+from llama_ds.errors import UserError
 from tests import warm
 
 CHECKED = (
@@ -23,11 +25,11 @@ CHECKED = (
 @pytest.mark.slow
 def test_flipped_bits_are_found_and_their_rank_is_named(tmp_path: Path) -> None:
     request = tmp_path / "request.json"
-    request.write_text(json.dumps(asdict(FlipRequest(ranks=3, flips=2, clean=50, seed=1))))
+    request.write_text(json.dumps(asdict(FlipRequest(ranks=3, flips=2, clean=30, seed=1))))
     done = warm.run("-m", "llama_ds.benchmarks.flips.rank", request, tmp_path, ranks=3)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [trial["site"] for trial in found["trials"]] == [site for site in SITES for _ in range(2)]
+    assert [trial["site"] for trial in found["trials"]] == [*SITES, *SITES]
     for trial in found["trials"]:
         if trial["site"] in CHECKED:
             assert trial["found"] and trial["ranks"] == [trial["rank"]], trial
@@ -36,3 +38,28 @@ def test_flipped_bits_are_found_and_their_rank_is_named(tmp_path: Path) -> None:
         if trial["found"] and trial["site"] in IN_STEP:
             assert trial["found"].startswith("CORRUPTION: ") and "the step is not taken" in trial["found"]
     assert found["alarms"] == found["reports"] == []
+
+
+def test_results_are_added_to_earlier_ones(tmp_path: Path) -> None:
+    """A thousand flips are made in pieces; the same piece twice, or one of other ranks, would count wrongly."""
+    counts = {"flips": 7, "found": 6, "right_rank": 6, "only_it": 5, "by_norm": 0, "left_out": 0}
+    earlier = {"settings": {"ranks": 3}, "seeds": [1], "sites": dict.fromkeys(SITES, counts), "false_alarms": ["x"]}
+    earlier |= dict.fromkeys(SUMS, 2.5)
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(earlier))
+    both = together(read(str(file), FlipRequest(seed=2)), earlier | {"seeds": [2], "false_alarms": []})
+    assert both["sites"]["weights"] == {
+        **dict.fromkeys(counts, 0),
+        "flips": 14,
+        "found": 12,
+        "right_rank": 12,
+        "only_it": 10,
+    }
+    assert (both["seeds"], both["false_alarms"], both["clean_s"]) == ([1, 2], ["x"], 5.0)
+    with pytest.raises(UserError, match=r"--seed 1: .* has its flips already; set another seed"):
+        read(str(file), FlipRequest(seed=1))
+    with pytest.raises(UserError, match="was measured on 3 ranks, not 5; set --ranks 3"):
+        read(str(file), FlipRequest(ranks=5, seed=2))
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"--add .*: no results of this benchmark .*name a file that --out wrote"):
+        read(str(file), FlipRequest(seed=2))

@@ -182,14 +182,17 @@ def test_states_are_forgotten_when_a_start_resumes_from_the_disk(run: RunConfig)
     assert started(run).find(0) is None
 
 
-def test_states_are_forgotten_when_replicas_differ(run: RunConfig) -> None:
-    """They may hold the wrong weights; a save on disk was compared before."""
+def test_states_since_the_last_comparison_are_forgotten_when_replicas_differ(run: RunConfig) -> None:
+    """They may hold the wrong weights; the one before is used, and without any comparison a save on disk."""
     trained(run)
-    memory = started(run)
-    memory.begin(Engine(0), 4)
-    with pytest.raises(Corruption), memory.trusted():
-        raise Corruption("the weights of rank 1 differ", [1])
-    assert started(run).find(0) is None
+    for good_step, found in ((3, 2), (-1, None)):
+        memory = started(run)
+        assert memory.find(0)
+        memory.begin(Engine(0), 4)
+        with pytest.raises(Corruption), memory.trusted():
+            raise Corruption("the weights of rank 1 differ", [1], good_step)
+        state = started(run).find(0)
+        assert (state and state.step) == found
 
 
 def test_too_little_memory_is_said_before_the_first_step(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

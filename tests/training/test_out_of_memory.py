@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama_ds.config.recompute import GIB
+from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import OutOfMemory, UserError
 from llama_ds.launch.supervise.attempt import FAILURE, MISTAKE, Outcome, _reported_failure
@@ -99,6 +100,18 @@ def test_the_cheapest_setting_that_is_enough(overrides: list[str], missing_gib: 
         max(memory.total for memory in planned_memory(one, resolve_layout(one, 8), 2)) for one in (run, changed)
     )
     assert found.saves == peak - after  # as a user who follows the line gets it
+
+
+def test_a_stage_that_states_the_setting_is_named() -> None:
+    """`parallel.micro_batch` has no effect where a stage has its own."""
+    stages = "data.stages=[{seq_len: 1024, until_step: 9}, {seq_len: 2048, micro_batch: 2}]"
+    sources = "data.sources=[{name: a, path: 'shards_{seq_len}/a', weight: 1}]"
+    overrides = [*OVERRIDES, "parallel.recompute=full", "data.seq_len=1024", sources, stages]
+    run = load_run("7b", overrides)
+    for number, stage in enumerate(stage_runs(run)):
+        found = relief(stage, resolve_layout(stage, 8), 2, 1)
+        assert found is not None and found.setting == f"data.stages.{number}.micro_batch={2 - number}"
+        load_run("7b", [*overrides, found.setting])
 
 
 def test_a_setting_that_is_not_enough_says_so() -> None:

@@ -20,6 +20,7 @@ from llama_ds.job.heartbeat import Progress
 from llama_ds.job.run_end import RunEnd
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.log import logger
+from llama_ds.training import line_file
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import RunLog, open_run_log
@@ -175,3 +176,32 @@ def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
     _, log = open_log(tmp_path, first=2)
     log.close(RunEnd.FINISHED)
     assert reported(tmp_path) == [1, 2]
+
+
+def test_lines_of_metrics_wait_for_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None is lost or written twice, however long the disk is full and wherever a write stops; one warning says it."""
+    log, room = open_log(tmp_path)[1], 0
+    metrics = tmp_path / "reported" / "metrics.jsonl"
+
+    def write_until_full(file: int, content: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = os.write(file, content[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(line_file, "os", SimpleNamespace(write=write_until_full, close=os.close))
+    monkeypatch.setattr(logger, "propagate", True)
+    for step in range(1, 500):
+        room = 37 if step == 100 else room
+        log.record({"step": step, "loss": 1 / step})
+    assert metrics.stat().st_size == 37
+    room = 10**6
+    log.record({"step": 500, "loss": 0.5})
+    log.close(RunEnd.FINISHED)
+    assert reported(tmp_path) == list(range(1, 501))
+    (said,) = [text for text in caplog.messages if "METRICS" in text]
+    assert "METRICS DELAYED: step 1: " in said and "No space left" in said

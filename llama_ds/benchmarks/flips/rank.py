@@ -33,7 +33,7 @@ from llama_ds.parallel.optimizer_state import flat_states
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.step_checks import StepChecks
 
-LAYERS, VOCAB, TOKENS, MICRO_BATCHES, RATE = 4, 128, 32, 2, 1e-3
+LAYERS, VOCAB, TOKENS, MICRO_BATCHES, RATE = 2, 128, 32, 2, 1e-3
 CPU = torch.device("cpu")
 MODEL = {
     "vocab_size": VOCAB,
@@ -133,11 +133,11 @@ def small_run(ranks: int, folder: Path) -> RunConfig:
 
 
 def drawn(request: FlipRequest) -> list[Flip]:
-    """Return the flips, the same on every rank."""
+    """Return the flips, the same on every rank, one at each site in turn."""
     draw = np.random.default_rng(request.seed)
     flips = []
-    for site in SITES:
-        for _ in range(request.flips):
+    for _ in range(request.flips):
+        for site in SITES:
             rank, bit = int(draw.integers(request.ranks)), int(draw.integers(32))
             flips.append(Flip(site, rank, float(draw.random()), float(draw.random()), bit))
     return flips
@@ -148,17 +148,27 @@ def main() -> None:
     with joined(FlipRequest) as (request, folder, rank):
         trials = Trials(request, folder, rank)
         begin = time.monotonic()
-        found = [trials.trial(flip) for flip in drawn(request)]
+
+        def in_time() -> bool:
+            """Return whether rank 0 has time left. Collective."""
+            return not request.seconds or bool(world.gather(time.monotonic() - begin < request.seconds)[0])
+
+        found = []
+        for number, flip in enumerate(drawn(request)):
+            if number % len(SITES) == 0 and not in_time():
+                break
+            found.append(trials.trial(flip))
         flipping_s = time.monotonic() - begin
-        alarms, reports, norms = [], [], []
-        for _ in range(request.clean):
+        alarms, reports, norms = [], [], list[float]()
+        while len(norms) < request.clean and (len(norms) % len(SITES) or in_time()):
             norm, lines = trials.step()
             norms.append(norm)
             reports += lines
             if trials.found is not None:
                 alarms.append(str(trials.found))
         clean_s = time.monotonic() - begin - flipping_s
-        result = {"trials": found, "alarms": alarms, "reports": reports, "flipping_s": flipping_s, "clean_s": clean_s}
+        result = {"trials": found, "alarms": alarms, "reports": reports, "clean": len(norms)}
+        result |= {"flipping_s": flipping_s, "clean_s": clean_s}
         assert all(map(math.isfinite, norms))
         if rank == 0:
             (folder / "found.json").write_text(json.dumps(result))

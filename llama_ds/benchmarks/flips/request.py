@@ -22,12 +22,13 @@ SITES = IN_STEP + STORED
 
 @dataclass(frozen=True)
 class FlipRequest:
-    """Numbers of flips at each site and of steps without any, which follow them."""
+    """Numbers of flips at each site and of steps without any, which follow them; fewer if the time is over."""
 
     ranks: int = 3
     flips: int = 84
     clean: int = 1000
     seed: int = 0
+    seconds: float = 0.0  # time for all of them, 0: no limit
 
 
 @dataclass(frozen=True)

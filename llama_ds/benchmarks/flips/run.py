@@ -11,6 +11,39 @@ from typing import Any
 
 from llama_ds.benchmarks.flips.request import SITES, FlipRequest
 from llama_ds.benchmarks.ranks import start_ranks
+from llama_ds.errors import UserError
+
+SUMS = ("clean_steps", "reports_in_clean_steps", "flipping_s", "clean_s")
+
+
+def read(path: str, request: FlipRequest) -> dict[str, Any]:
+    """Return the results of earlier flips, to which `request` adds.
+
+    Raises:
+        UserError: there are none in the file, of other ranks, or with the same seed.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        ranks, seeds = found["settings"]["ranks"], found["seeds"]
+        assert found["sites"].keys() == set(SITES) and all(isinstance(found[name], int | float) for name in SUMS)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"--add {path}: no results of this benchmark ({error}); name a file that --out wrote") from None
+    if ranks != request.ranks:
+        raise UserError(f"--add {path}: was measured on {ranks} ranks, not {request.ranks}; set --ranks {ranks}")
+    if request.seed in seeds:
+        raise UserError(f"--seed {request.seed}: {path} has its flips already; set another seed")
+    return found
+
+
+def together(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of both, with the settings of the later."""
+    sites = {
+        site: {name: earlier["sites"][site][name] + count for name, count in counts.items()}
+        for site, counts in later["sites"].items()
+    }
+    sums = {name: round(earlier[name] + later[name], 1) for name in SUMS}
+    lists = {name: earlier[name] + later[name] for name in ("seeds", "false_alarms")}
+    return {**later, **sums, **lists, "sites": sites}
 
 
 def measure(request: FlipRequest, folder: Path) -> dict[str, Any]:
@@ -20,9 +53,10 @@ def measure(request: FlipRequest, folder: Path) -> dict[str, Any]:
     sites = {site: _counts([trial for trial in result["trials"] if trial["site"] == site]) for site in SITES}
     return {
         "settings": asdict(request),
+        "seeds": [request.seed],
         "cores": os.cpu_count(),
         "sites": sites,
-        "clean_steps": request.clean,
+        "clean_steps": result["clean"],
         "false_alarms": result["alarms"],
         "reports_in_clean_steps": len(result["reports"]),
         "flipping_s": round(result["flipping_s"], 1),
@@ -51,7 +85,7 @@ def table(found: dict[str, Any]) -> str:
         f"{'site':40} {'flips':>6} {'found':>7} {'right rank':>11} {'it alone':>9} {'step skipped':>13}",
     ]
     for name, site in sites.items():
-        share = f"{site['found'] / site['flips']:.1%}"
+        share = f"{site['found'] / site['flips']:.1%}" if site["flips"] else ""
         counts = f"{site['right_rank']:>11} {site['only_it']:>9} {site['left_out']:>13}"
         lines.append(f"{name:40} {site['flips']:>6} {share:>7} {counts}")
     lines.append(

@@ -78,7 +78,7 @@ def _in_gradient(engine: Engine, matrix: Tensor, flip: Flip) -> Iterator[None]:
     """Flip a bit of the gradient of `matrix` as the first micro-batch has computed it."""
     observers, done = engine.context.weight_gradients.observers, False
 
-    def observe(weight: nn.Parameter, buffer: Tensor) -> None:
+    def observe(weight: nn.Parameter, buffer: Tensor, micro_batches: int) -> None:
         nonlocal done
         if weight is matrix and not done:
             done = True
@@ -89,6 +89,7 @@ def _in_gradient(engine: Engine, matrix: Tensor, flip: Flip) -> Iterator[None]:
         yield
     finally:
         observers.remove(observe)
+    assert done, "the gradient has no buffer"
 
 
 def _in_product(flip: Flip, layer: int, always: bool) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -53,15 +55,8 @@ class StoredStates:
             found = memory_state.problem(self._slot)
             _flip_byte(self._slot.payload, flip)
             return found
-        send = memory_link._send_all
-
-        def damaged(connection: Any, payload: memoryview, mib_per_s: float = 0.0) -> None:
-            sent = bytearray(payload)
-            _flip_byte(memoryview(sent), flip)
-            send(connection, memoryview(sent), mib_per_s)
-
         try:
-            with patch.object(memory_link, "_send_all", damaged):
+            with damaged_transfer(flip):
                 put(self._server.address, TOKEN, self._rank, self._slot)
         except OSError as error:
             return str(error)
@@ -81,6 +76,20 @@ class StoredStates:
         problems = damaged_files(self._checkpoint, found, [name])
         path.write_bytes(intact)
         return problems.get(name, "")
+
+
+@contextmanager
+def damaged_transfer(flip: Flip) -> Iterator[None]:
+    """Flip a bit of every state that this process sends inside."""
+    send = memory_link._send_all
+
+    def damaged(connection: Any, payload: memoryview, mib_per_s: float = 0.0) -> None:
+        sent = bytearray(payload)
+        _flip_byte(memoryview(sent), flip)
+        send(connection, memoryview(sent), mib_per_s)
+
+    with patch.object(memory_link, "_send_all", damaged):
+        yield
 
 
 def _flip_byte(content: memoryview, flip: Flip) -> None:

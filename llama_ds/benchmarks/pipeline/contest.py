@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from llama_ds.config.rules import check
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.schedules.schedule import IN_A_V
 from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
+EARLY = "early"
 VIRTUAL_STAGES = {"interleaved": 2, **dict.fromkeys(IN_A_V, 2)}
 
 
@@ -20,7 +23,7 @@ class Contest:
 
     run_file: str
     overrides: list[str]
-    schedules: list[str]  # zb_h1+2: with extra_warmup 2
+    schedules: list[str]  # zb_v+2:early: with extra_warmup 2 and post_validation
     pp: int
     tp: int
     dp: int
@@ -32,6 +35,8 @@ class Contest:
     delay_ms: float
     repeats: int
     pass_times: list[int] | None = None  # zero-bubble Vs only
+    steps: int = 1  # steps of a turn, whose results are read at its end
+    pace: list[float] | None = None  # milliseconds of a rank's forward, input and weight backward; None: as computed
 
     @property
     def world(self) -> int:
@@ -45,7 +50,13 @@ class Contest:
             UserError: there is no such schedule, or it does not support these sizes.
         """
         run = load_run(self.run_file, self.overrides)
-        name, _, extra = schedule.partition("+")
+        plain, _, early = schedule.partition(":")
+        name, _, extra = plain.partition("+")
+        if early not in ("", EARLY) or not re.fullmatch(r"\d*", extra):
+            raise UserError(
+                f"--schedules: {schedule!r} is not a schedule's name, +N for extra_warmup and :{EARLY} for "
+                "post_validation, such as zb_v+2:early"
+            )
         parallel = ParallelConfig(
             pp=self.pp,
             tp=self.tp,
@@ -55,6 +66,7 @@ class Contest:
             extra_warmup=int(extra or 0),
             virtual_stages=VIRTUAL_STAGES.get(name, 1),
             pass_times=tuple(self.pass_times) if self.pass_times and name in V_SCHEDULES else None,
+            post_validation=early == EARLY,
         )
         run = replace(
             run,

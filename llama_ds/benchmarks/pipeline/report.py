@@ -25,6 +25,8 @@ SETTINGS = (
     "delay_ms",
     "repeats",
     "pass_times",
+    "steps",
+    "pace",
 )
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, for the first losses
 
@@ -39,11 +41,14 @@ def report(contest: Contest, folder: Path) -> tuple[dict[str, Any], str]:
     median = {name: statistics.median(times) for name, times in found["seconds"].items()}
     over = {name: median[name] / median[contest.schedules[0]] for name in contest.schedules}
     run, _ = contest.contestant(contest.schedules[0])
+    paced = contest.micro_batches * sum(contest.pace or [0.0]) / 1e3
+    idle = {name: {"idle_over_pace": 1 - paced / median[name]} if paced else {} for name in median}
     results = {
         "settings": {name: getattr(contest, name) for name in SETTINGS},
         "model": asdict(run.model),
         "seq_len": run.data.seq_len,
         "cores": os.cpu_count(),
+        **({"late_passes": found["late_passes"]} if paced else {}),
         "steps": {
             name: {
                 "median_s": median[name],
@@ -51,6 +56,8 @@ def report(contest: Contest, folder: Path) -> tuple[dict[str, Any], str]:
                 "max_s": max(found["seconds"][name]),
                 "over_first": over[name],
                 "step_ms": analyses[name].step_ms,
+                **({"pass_times": times} if (times := analyses[name].ideal.pass_times) else {}),
+                **idle[name],
                 **analyses[name].metrics,
             }
             for name in contest.schedules
@@ -65,9 +72,11 @@ def report(contest: Contest, folder: Path) -> tuple[dict[str, Any], str]:
         *(
             f"{name:14} {median[name] * 1e3:8.1f} ms per step, {over[name]:.3f} x {contest.schedules[0]}; bubble "
             f"simulated with the measured times {analyses[name].ideal.bubble:.1%}"
+            + (f"; outside of its passes a rank spends {idle[name]['idle_over_pace']:.1%}" if paced else "")
             for name in contest.schedules
         ),
-        "one step of each schedule, as shares of all ranks' time:",
+        *([f"{found['late_passes']:.2%} of the passes took longer than their pace"] if paced else []),
+        "one turn of each schedule, as shares of all ranks' time:",
         table(analyses),
     ]
     return results, "\n".join(lines)

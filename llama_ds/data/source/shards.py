@@ -7,6 +7,7 @@ memory-mapped, because truncating a mapped file would kill the process with SIGB
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -88,6 +89,7 @@ class Source:
         self._paths: dict[int, str] = {}  # paths of the shards checked so far
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
         self._checksums = lru_cache(maxsize=4)(store.read)
+        weakref.finalize(self, _close, self._open)  # each stage of a run opens its sources anew
 
     def check(self, shard: int) -> str:
         """Fetch and check a shard on its first use; return the path of its file.
@@ -172,11 +174,6 @@ class Source:
         except BadFile as error:
             raise UserError(f"{error}; copy the source's folder index/ too") from None
 
-    def close(self) -> None:
-        """Close the open files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
     def _file(self, shard: int) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -223,3 +220,8 @@ def check_present(source: Source) -> None:
                 f"{source.store.location}/{shard_name(source.split, shard)}: the shard is missing, its manifest names "
                 f"{source.geometry.shards}; copy it again, or exclude it with tools/shards.py verify --repair"
             )
+
+
+def _close(files: OrderedDict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

@@ -214,7 +214,7 @@ class Attempt:
         self._read_checks()
         if self._failure:
             waited = now - self._failed_at
-            certain = self._joined and self._failure.kind in (DEATH, HOST_LOST)  # nothing can explain it better
+            certain = self._joined and self._failure.kind in (DEATH, HOST_LOST, CORRUPTION)  # no cause comes later
             settled = (certain or waited > SETTLE_S) and not (self._checks and waited < 5 * SETTLE_S)
             return self._with_cause(self._failure) if settled else None
         if self._hang_detector.update(members.values()) and members:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llama_ds.config.schema import RunConfig
@@ -10,7 +11,9 @@ from llama_ds.errors import UserError
 from llama_ds.launch.preflight import promote
 from llama_ds.layout.layout import Layout, model_axes, resolve_layout
 
-STRIKES = 2  # a host that caused so many failures is excluded as long as others are available
+STRIKES = 1.5  # a host with so many strikes is excluded as long as others are available: two failures within a week
+DRAINED = 4.0  # strikes of a host that is certain to have had wrong numbers: excluded for ten days
+HALF_LIFE_D = 7.0  # days after which a strike counts half
 
 
 @dataclass
@@ -20,7 +23,10 @@ class HostPool:
     run: RunConfig
     hosts: dict[str, int]  # slots by host, as in the hostfile
     spares: dict[str, int] = field(default_factory=dict)
-    strikes: dict[str, int] = field(default_factory=dict)  # failures by host
+    now: Callable[[], float] = time.time
+    _blamed: dict[str, tuple[float, float]] = field(default_factory=dict)  # strikes by host, and when they were counted
+    _chosen: dict[str, int] = field(default_factory=dict)  # the hosts of the last attempt, {} before the first choice
+    _recent: set[str] = field(default_factory=set)  # hosts that were blamed since that choice
 
     @property
     def all_hosts(self) -> dict[str, int]:
@@ -35,27 +41,44 @@ class HostPool:
         parts = [f"{what} {', '.join(names)}" for what, names in (("with", new), ("without", gone)) if names]
         return " and ".join(parts)
 
-    def blame(self, hosts: list[str], strikes: int = 1) -> None:
-        """Count a failure of hosts; `STRIKES` strikes exclude them at once."""
+    @property
+    def strikes(self) -> dict[str, float]:
+        """The failures of each host that had one; each counts half as much after `HALF_LIFE_D` days."""
+        now = self.now()
+        return {
+            host: round(count * 0.5 ** ((now - at) / (86400 * HALF_LIFE_D)), 3)
+            for host, (count, at) in self._blamed.items()
+        }
+
+    def blame(self, hosts: list[str], strikes: float = 1.0) -> None:
+        """Count a failure of hosts; `DRAINED` strikes exclude them at once."""
         for host in hosts:
-            self.strikes[host] = self.strikes.get(host, 0) + strikes
+            self._blamed[host] = self.strikes.get(host, 0.0) + strikes, self.now()
+        self._recent.update(hosts)
 
     def choose(self, good: list[str]) -> dict[str, int]:
         """Return the hosts of the next attempt with their slots, chosen among the hosts that are `good`.
 
-        Each host keeps its line in the hostfile; the first spare with enough slots takes the line of a bad host.
+        The hosts of the last attempt keep their places, where the states of their ranks are in memory; the first other
+        host with enough slots takes the place of a bad one. A host that was replaced and is good again is a spare.
 
         Raises:
             UserError: the remaining hosts are too few for any layout of the run.
         """
-        struck = {host for host in good if self.strikes.get(host, 0) >= STRIKES}
+        good, strikes = [host for host in good if host in self.all_hosts], self.strikes
+        worst = sorted((host for host in good if strikes.get(host, 0.0) >= STRIKES), key=lambda host: -strikes[host])
+        # One that was taken all the same keeps its place until it fails again: it may hold the only copy of a state.
+        struck = [host for host in worst if host in self._recent or host not in self._chosen]
         # Hosts that were added to the hostfile during the job, and that no layout of the run can use, are spares too.
         lines = first_slots(self.hosts, largest_world(self.run, sum(self.hosts.values())) or 0)
+        if list(self._chosen.values()) == list(lines.values()):
+            lines = self._chosen
         others = {host: slots for host, slots in self.all_hosts.items() if host not in lines}
-        for excluded in (struck, set()):  # a host that failed twice is better than none
-            usable = [host for host in good if host not in excluded]
+        for excluded in range(len(struck), -1, -1):  # the worst; a host that failed twice is better than none
+            usable = [host for host in good if host not in struck[:excluded]]
             chosen = promote(lines, usable, others)
             if chosen:
+                self._chosen, self._recent = chosen, set()
                 return chosen
         world = largest_world(self.run, sum(self.all_hosts[host] for host in good))
         if world is None:
@@ -65,8 +88,9 @@ class HostPool:
                 f"any layout of {self.run.path} (pp * cp * tp = {axes.replica}, and dp must divide its batches); add "
                 "spares"
             )
-        ordered = [host for host in good if host not in struck] + [host for host in good if host in struck]
-        return first_slots({host: self.all_hosts[host] for host in ordered}, world)
+        ordered = [host for host in good if host not in struck] + struck[::-1]
+        self._chosen, self._recent = first_slots({host: self.all_hosts[host] for host in ordered}, world), set()
+        return self._chosen
 
 
 def largest_world(run: RunConfig, slots: int) -> int | None:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.ahead import Ahead
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
-from llama_ds.launch.supervise.host_pool import STRIKES, HostPool
+from llama_ds.launch.supervise.host_pool import DRAINED, HostPool
 from llama_ds.launch.supervise.norm_rises import before_spike
 from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
@@ -87,15 +88,18 @@ class Supervisor:
         examine: Callable[[Mapping[str, int]], Report],
         print_line: Callable[[str], None],
         read_hosts: Callable[[], ListedHosts] | None = None,
+        accounts: Callable[[], dict[str, float]] = dict,
     ) -> None:
         """`folder` is the job's folder, and `print_line` prints a line on the console.
 
         `examine` runs the preflight. `read_hosts` reads the hostfiles again before a restart; None: they are as
-        they were.
+        they were. `accounts` returns metrics of the run's time, which a restart hands to the ranks.
         """
         self.run, self.start, self.host_pool, self.watch, self.limits = run, start, host_pool, watch, limits
         self.folder, self._examine, self._print_line = folder, examine, print_line
         self._read_hosts = read_hosts
+        self._accounts, self._threads = accounts, ThreadPoolExecutor(1)
+        self._accounted: Future[dict[str, float]] | None = None
         self._job_start = job_start(os.environ)
         self.events = Events(folder / "events.jsonl", print_line)
         self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
@@ -182,6 +186,7 @@ class Supervisor:
             orphan_s=start.orphan_s,
             nic=start.nic,
             started=self._job_start.at,
+            accounts=self._accounted.result() if self._accounted else {},
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
@@ -255,6 +260,7 @@ class Supervisor:
 
     def _prepare_restart(self, outcome: Outcome, hosts: dict[str, int], in_a_row: int) -> dict[str, int]:
         """Prepare the next attempt; return its hosts."""
+        self._accounted = self._threads.submit(self._accounts)
         if outcome.kind in (outcomes.SPIKE, outcomes.DIVERGENCE):
             if self.run.logging.norms:  # now, because the next attempt drops the lines of steps that it repeats
                 text = before_spike(Path(self.run.run_dir, "metrics.jsonl"), outcome.step)
@@ -265,7 +271,7 @@ class Supervisor:
             self._fence(outcome)
             # Wrong weights are a reason to drain a host, unless two hosts differ and either may be right.
             certain = outcome.kind == outcomes.CORRUPTION and len(outcome.hosts) == 1
-            self.host_pool.blame(outcome.hosts, STRIKES if certain else 1)
+            self.host_pool.blame(outcome.hosts, DRAINED if certain else 1.0)
             chosen = self._choose(hosts)
         pause = self._backoff_s(in_a_row)
         self.events.add("restart", f"starting again in {pause:g} s, restart {in_a_row} in a row", pause_s=pause)

@@ -6,16 +6,19 @@ from typing import Any
 
 from llama_ds.layout.optimizer_states import OptimizerStates
 from llama_ds.model.manual_backward import ManualBackwardLayer
-from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger
+from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger, within
 from llama_ds.parallel.held_memory import gradient_tensors, gradients_of, optimizer_tensors, weight_tensors
+from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.optimizer_state import begin_moments
+
+MUON_CALLS = ("start", "finish", "keep_started", "step_matrices")  # all that Muon does for hidden matrices
 
 
 def sort_holdings(engine: Any, ledger: Ledger, states: OptimizerStates) -> None:
     """Mark everything that DeepSpeed's `engine` holds before its first step with its category, moments included.
 
-    Hooks mark what a step allocates: gradients once autograd has accumulated them, and the inputs of deferred weight
-    gradients as activations.
+    Hooks mark what a step allocates: gradients once autograd has accumulated them, the inputs of deferred weight
+    gradients as activations, and what Muon holds.
     """
     # Moments are allocated at the end of the first step and are present at the peak of every later step.
     begin_moments(engine, 0, states)
@@ -28,7 +31,16 @@ def sort_holdings(engine: Any, ledger: Ledger, states: OptimizerStates) -> None:
     for layer in engine.module.modules():
         if isinstance(layer, ManualBackwardLayer):
             _watch_deferred_wgrad(layer, ledger)
+    watch_matrices(engine, ledger)
     ledger.mark_rest(OTHER)
+
+
+def watch_matrices(engine: Any, ledger: Ledger) -> None:
+    """Let `ledger` count what the engine's optimizer allocates, if it is Muon, as matrices."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if isinstance(optimizer, Muon):
+        for name in MUON_CALLS:
+            setattr(optimizer, name, within(ledger.matrices, getattr(optimizer, name)))
 
 
 def parameter_counts(engine: Any) -> tuple[int, int]:

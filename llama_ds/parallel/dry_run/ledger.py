@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, WORKING = "weights", "gradients", "optimizer", "activations", "working"
+MATRICES = "matrices"  # what Muon's step allocates
 OTHER = "other"  # everything else held before the step: tables, buffers of ids
 
 
@@ -67,8 +68,10 @@ class Ledger(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.peak_bytes = 0
         self.total = 0
+        self.most_matrices = 0  # the most bytes of MATRICES at a time
         self._held: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # bytes, category and storage, by address
         self._groups: dict[str, tuple[int, ...]] = {}
+        self._new = WORKING  # category of what is allocated
         self._fused = False
         self._passing = False
         self.execute = _execute  # runs an operation; returns its result and the possibly new tensors
@@ -89,7 +92,7 @@ class Ledger(TorchDispatchMode):
     def restart(self) -> None:
         """Reset calls and peak; held memory stays counted."""
         self.calls = []
-        self.peak, self.peak_bytes = dict(self.now), self.total
+        self.peak, self.peak_bytes, self.most_matrices = dict(self.now), self.total, 0
 
     def mark(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of `tensors` under `category` until they are released."""
@@ -130,6 +133,15 @@ class Ledger(TorchDispatchMode):
         finally:
             self._passing = False
 
+    @contextmanager
+    def matrices(self) -> Iterator[None]:
+        """Count what is allocated within this context as MATRICES."""
+        outer, self._new = self._new, MATRICES
+        try:
+            yield
+        finally:
+            self._new = outer
+
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._held:
@@ -137,9 +149,10 @@ class Ledger(TorchDispatchMode):
 
     def _take(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._held[key] = size, WORKING, weakref.ref(storage, lambda _: self._release(key))
-        self.now[WORKING] += size
+        self._held[key] = size, self._new, weakref.ref(storage, lambda _: self._release(key))
+        self.now[self._new] += size
         self.total += size
+        self.most_matrices = max(self.most_matrices, self.now[MATRICES])
         self._look()
 
     def _look(self) -> None:
@@ -194,7 +207,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def within(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` wrapped in `context`: a ledger's `fused` or `passing`."""
+    """Return `function` wrapped in `context`, as a ledger's `fused`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with context():

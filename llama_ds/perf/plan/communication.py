@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama_ds.layout.chunk_order import passed_before
 from llama_ds.perf.plan.curves import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND
 from llama_ds.perf.plan.hardware import Hardware
 
@@ -100,6 +101,32 @@ def contention(gpu: Hardware, group: RankGroup) -> float:
     if gpu.host_computes or (gpu.curves and gpu.curves.collectives):
         return gpu.calibration.contention
     return gpu.calibration.contention * (1 + bus_bandwidth(gpu, group) / (gpu.links.nvlink_gb_s * 1e9)) / 2
+
+
+def exposed_by_chunks(
+    count: int, before: float, reduce: float, gather: float, after: float, early: bool = True, ends: bool = False
+) -> float:
+    """Return for how long products wait for the collectives between them, in the order of `layout/chunk_order.py`.
+
+    Args:
+        before, reduce, gather, after: time of one chunk's product, its sum, its gather and the product behind that; 0:
+            there is none. The link carries one collective at a time, as issued.
+        ends: whether all chunks are passed on before the first product behind, as from layer to layer.
+    """
+    now, link = 0.0, 0.0  # times until which the rank computes and the link is occupied
+    sums, gathers = list[float](), list[float]()
+    for i, until in enumerate(passed_before(count, early)):
+        for number in range(len(gathers), count if ends and i == count else until):
+            now = max(now, sums[number])
+            link = max(link, now) + gather if gather else link
+            gathers.append(link if gather else now)
+        if i < count:
+            now += before
+            link = max(link, now) + reduce if reduce else link
+            sums.append(link if reduce else now)
+        else:
+            now = max(now, gathers[i - count]) + after
+    return now - count * (before + after)
 
 
 def _measured(gpu: Hardware, operation: str, group: RankGroup, size: float) -> float | None:

@@ -131,6 +131,8 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "extra_warmup": parallel.extra_warmup,
         "pass_times": parallel.pass_times,
         "post_validation": parallel.post_validation,
+        "tp_chunks": parallel.tp_chunks,
+        "joint_weight_gradients": parallel.joint_weight_gradients,
         "zero_stage": found.run.zero_stage,
         "recompute": [dict(counts) for counts in step.job.stages],
         "step_s": step.seconds,
@@ -172,12 +174,16 @@ def report(found: Estimate) -> str:
     """Return the estimate as text."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
     sharing, likely = sharing_costs(found.gpu, step), likely_speed(found.gpu, step)
+    cut = f", tensor-parallel collectives in {parallel.tp_chunks} chunks" if parallel.tp_chunks > 1 else ""
+    muon = found.run.optimizer.name == "muon"
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
         f"{f' with {parallel.virtual_stages} stages a rank' if parallel.virtual_stages > 1 else ''}"
         f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}"
-        f"{', steps begin before the norm' if parallel.post_validation else ''}, ZeRO-{found.run.zero_stage}",
+        f"{f', {joint} weight gradients at a time' if (joint := parallel.joint_weight_gradients) > 1 else ''}"
+        f"{', steps begin before the norm' if parallel.post_validation else ''}"
+        f"{cut}, ZeRO-{found.run.zero_stage}",
         f"  batch          {layout.global_batch:,} rows of {found.run.data.seq_len:,} = dp {layout.dp} x micro-batch "
         f"{layout.micro_batch} x {layout.accumulation} micro-batches",
         f"  step           {step.seconds:.3f} s = pipeline {step.pipeline:.3f} + reduction {step.reduction:.3f} + "
@@ -192,16 +198,16 @@ def report(found: Estimate) -> str:
         *([f"  attention      {_attention_words(found)}"] if found.run.data.document_mask else []),
         "",
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
-        f"{'working':>8} {'margin':>7} {'GiB':>7}",
+        f"{'working':>8} {'margin':>7} {'matrices ' * muon}{'GiB':>7}",
     ]
     placement = step.job.placement
     for rank, held in enumerate(found.memory):
         own = [step.job.stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
         counts = layers_by_policy(own)
         words = ", ".join(f"{number} {policy}" for policy, number in counts.items())
-        parts = (held.weights, held.gradients, held.optimizer, held.activations, held.working, held.margin, held.total)
-        numbers = " ".join(
-            f"{value / GIB:{width}.1f}" for value, width in zip(parts, (8, 7, 7, 7, 8, 7, 7), strict=True)
-        )
+        parts = [held.weights, held.gradients, held.optimizer, held.activations, held.working, held.margin]
+        parts += [*((held.matrices,) * muon), held.total]
+        widths = (8, 7, 7, 7, 8, 7, *((8,) * muon), 7)
+        numbers = " ".join(f"{value / GIB:{width}.1f}" for value, width in zip(parts, widths, strict=True))
         lines.append(f"  {rank:>4} {sum(counts.values()):>7} {words:24} {numbers}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from llama_ds.perf.plan.curves import Curves
 from llama_ds.perf.plan.estimate import Estimate
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.layer import Parts, embedding_time, head_time, layer_time
+from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.step import rank_parameters, rank_roles
 from llama_ds.perf.plan.update import update_time
@@ -216,6 +217,13 @@ def _states(found: Estimate) -> str:
     return f"{each} bytes each{own}: masters and moments of {found.run.optimizer.name}{twice}"
 
 
+def _matrices(found: Estimate, held: Memory) -> list[tuple[str, str]]:
+    if found.run.optimizer.name != "muon":
+        return []
+    words = "whole matrices in Muon's step, when activations and working memory are gone: the larger of both counts"
+    return [("matrices", f"{held.matrices / GIB:8.2f}: {words}")]
+
+
 def _memory(found: Estimate) -> list[tuple[str, str]]:
     rank = max(range(len(found.memory)), key=lambda r: found.memory[r].total)
     held = found.memory[rank]
@@ -242,5 +250,6 @@ def _memory(found: Estimate) -> list[tuple[str, str]]:
             f"{', and matrices in float8' if keeps_fp8_weights(found.run, found.layout) else ''}",
         ),
         ("margin", f"{held.margin / GIB:8.2f}: {1 - USABLE:.0%} of the device for driver, libraries, fragmentation"),
+        *_matrices(found, held),
         ("sum", f"{held.total / GIB:8.2f} of {found.gpu.memory_gib:.0f}"),
     ]

@@ -20,6 +20,7 @@ from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
+from llama_ds.schedules.joint_weights import joint_share
 from llama_ds.schedules.schedule import Schedule, split_share
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
@@ -58,8 +59,10 @@ class StepJob:
     low_precision: bool = False  # whether optimizer states are bf16
     pass_times: tuple[int, ...] | None = None  # times that order a V
     post_validation: bool = False  # whether steps begin before the norm of the step before
+    tp_chunks: int = 1  # chunks of tokens, whose tensor-parallel collectives overlap the products of others
     fp8: str = "off"  # scaling of the layers' products in float8: `compute.fp8`
     fp8_weight_gradients: bool = False
+    joint: int = 1  # micro-batches whose weight gradients are one product: `parallel.joint_weight_gradients`
     planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
@@ -136,11 +139,22 @@ class StepJob:
     @property
     def split_share(self) -> float:
         """Share of the backwards whose weight gradients the schedule defers."""
+        if self.joint > 1:
+            return 1.0
         return split_share(self.schedule, self.pp, self.micro_batches, self.chunks, self.extra_warmup)
 
     def plan(self, micro_batches: int) -> Schedule:
         """Return the schedule of the job for this number of micro-batches."""
-        return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup, self.pass_times)
+        sizes = self.pp, micro_batches, self.chunks, self.extra_warmup
+        return Schedule(self.schedule, *sizes, self.pass_times, self.joint)
+
+    def joint_share(self, stage: int) -> float:
+        """Return the share of a stage's micro-batches whose weight gradients are products for `joint` of them."""
+        if self.joint == 1:
+            return 0.0
+        plan = self.plan(min(self.micro_batches, 4 * self.pp + self.micro_batches % self.pp))
+        rank, chunk = plan.placement.home(stage)
+        return joint_share(plan.computations(rank), chunk, self.joint)
 
 
 def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> StepJob:
@@ -163,7 +177,9 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         optimizer=run.optimizer.name,
         low_precision=bool(states_of(run.optimizer).bf16),
         pass_times=schedule.pass_times,
+        joint=schedule.joint,
         post_validation=run.parallel.post_validation,
+        tp_chunks=run.parallel.tp_chunks,
         fp8=run.compute.fp8,
         fp8_weight_gradients=run.compute.fp8_weight_gradients,
         planned=planned_rows(run),

@@ -7,12 +7,21 @@ launches kernels ahead of the GPU, so a stage takes the longer of host time and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
+from llama_ds.layout.joint_products import copied_bytes, multiplied_jointly
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.layout.planned_documents import PlannedRows
-from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, layer_sum, reduce_scatter
+from llama_ds.perf.plan.communication import (
+    RankGroup,
+    all_gather,
+    all_reduce,
+    contention,
+    exposed_by_chunks,
+    layer_sum,
+    reduce_scatter,
+)
 from llama_ds.perf.plan.compute import flash_attention, fp8_gemm, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import OP, StepJob
@@ -36,10 +45,24 @@ class Parts:
         return self.matrices + self.attention + self.pointwise + self.tensor + self.context
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Parts(
+            self.matrices + other.matrices,
+            self.attention + other.attention,
+            self.pointwise + other.pointwise,
+            self.tensor + other.tensor,
+            self.host + other.host,
+            self.context + other.context,
+        )
 
     def __mul__(self, times: float) -> Parts:
-        return Parts(*(getattr(self, f.name) * times for f in fields(self)))
+        return Parts(
+            self.matrices * times,
+            self.attention * times,
+            self.pointwise * times,
+            self.tensor * times,
+            self.host * times,
+            self.context * times,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,14 +76,17 @@ class LayerTime:
     ahead: float = 0.0  # hidden in the backward by the layer above, which a stage's last layer does not have
 
 
-def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
-    """Return the time of a decoder layer under a save policy."""
+def layer_time(gpu: Hardware, job: StepJob, policy: str, joint_share: float = 0.0) -> LayerTime:
+    """Return the time of a decoder layer under a save policy.
+
+    `joint_share` of its micro-batches compute their weight gradients `job.joint` at a time.
+    """
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     sizes = job.micro_batch, job.seq_len, job.tp
     rest = job.sequence_parallel, policy, job.sharing, job.split_share, job.attended
     fp8 = job.fp8, job.fp8_weight_gradients, job.fp8_weight_uses
-    return _layer(gpu, job.program, shape, *sizes, *rest, fp8)
+    return _layer(gpu, job.program, shape, *sizes, *rest, fp8, job.tp_chunks, (job.joint, joint_share))
 
 
 @lru_cache(maxsize=100_000)
@@ -77,6 +103,8 @@ def _layer(
     split_share: float,
     documents: PlannedRows,
     fp8: tuple[str, bool, int],
+    chunks: int,
+    joint: tuple[int, float],
 ) -> LayerTime:
     hidden, inner, heads, kv_heads, head_dim = shape
     tokens = rows * seq_len // sharing.size
@@ -112,22 +140,28 @@ def _layer(
 
         moved = of(program.hidden) * own * hidden + of(program.inner) * tokens * inner
         moved += of(program.heads) * tokens * (2 * queries + 2 * keys)
-        if sequence_parallel and rows > 1:
-            moved += 4 * program.rows_copied * tokens * hidden
         return pointwise(gpu, scale * moved, "forward" if forward else "backward")
 
-    sent = _collectives(gpu, RankGroup(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
+    size = float(program.element_bytes) * tokens * hidden / chunks
+    chunk_sent = _collectives(gpu, RankGroup(tp), size, sequence_parallel)
+    sent = [chunks * time for time in chunk_sent]
     beside_products = 0.0
+    if chunks > 1:
+        first = 0 if sequence_parallel else 1  # q, k and v: without sequence parallelism nothing is gathered for them
+        chunk_gemm = [multiply(gpu, tokens // chunks, n, k) for k, n in products]
+        forward_gemm[first:] = [chunks * time for time in chunk_gemm[first:]]
+        beside_products = _hidden(gpu, tp, chunks, chunk_sent, chunk_gemm)
     if program.overlaps_forward and tp > 1:  # the last chunk of a product or collective has nothing beside it
         beside = sum(min(time, product) for time, product in zip(sent, forward_gemm, strict=False))
         beside_products = (1 - 1 / tp) * beside * (1 - contention(gpu, RankGroup(tp)))
     quantising = _quantising(gpu, fp8, tokens, products, tp)
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
-    collectives = 8 if tp > 1 else 0  # launches on the host, with the calls around the collectives
+    # Launches on the host, with the calls around the collectives; the norm before an exchange is also cut.
+    collectives = 8 * chunks + 6 * (chunks - 1) if tp > 1 else 0
     forward = Parts(
         sum(forward_gemm),
         attention + score_time[0],
-        pointwise_time(True) + start * program.kernels_forward + shared.merging[0],
+        pointwise_time(True) + start * (program.kernels_forward + 6 * (chunks - 1)) + shared.merging[0],
         sum(sent) - beside_products,
         launch * (program.kernels_forward + collectives),
         shared.exposed[0],
@@ -147,6 +181,14 @@ def _layer(
         hidden_ahead = credit * covered[0] if sequence_parallel else 0.0
     if program.sums_norms and sequence_parallel:
         exposed += 2 * all_reduce(gpu, RankGroup(tp), 4.0 * hidden) * contention(gpu, RankGroup(tp))
+    if chunks > 1 and split_share:  # input gradients in chunks, up to the first product of the layer below
+        chunk_gemm = [multiply(gpu, tokens // chunks, k, n) for k, n in products]
+        exposed -= split_share * _hidden(gpu, tp, chunks, chunk_sent, chunk_gemm, backward=True)
+        if sequence_parallel:
+            alone = exposed_by_chunks(chunks, 0.0, 0.0, chunk_sent[0], chunk_gemm[3])
+            hidden_ahead += split_share * alone
+        whole, cut = sum(input_gemm), chunks * sum(chunk_gemm)
+        input_gemm = [(1 - split_share) * whole + split_share * cut]
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
@@ -156,14 +198,50 @@ def _layer(
         shared.exposed[1],
     )
     backward += quantising[1]
-    numbers = sum(k * n for k, n in products)
-    weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
+    weights = _weight_gradients(gpu, program, tokens, products, in_fp8, 1) * (1 - joint[1])
+    if joint[1]:
+        weights += _weight_gradients(gpu, program, tokens, products, in_fp8, joint[0]) * joint[1]
     weights += quantising[2]
     recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
     if policy == OP:  # every second product of q, k, v, o, gate, up and down is repeated: k, o, up
         key, output, up = keys / (queries + 2 * keys) * forward_gemm[0], forward_gemm[1], forward_gemm[2] / 2
         recompute = Parts(key + output + up, 0.0, forward.pointwise, host=forward.host)
     return LayerTime(forward, recompute, backward, weights, hidden_ahead)
+
+
+def _hidden(
+    gpu: Hardware, tp: int, chunks: int, sent: Sequence[float], products: Sequence[float], backward: bool = False
+) -> float:
+    """Return the time of a layer's collectives in one direction that products of other chunks hide.
+
+    `sent` and `products` are the times of one chunk, the latter in the order of the forward.
+    """
+    gather, reduce = (sent[0], sent[1]) if len(sent) > 2 else (0.0, sent[0])
+    attention, output, mlp, down = products
+    if backward:
+        waits = exposed_by_chunks(chunks, mlp, reduce, gather, output)
+        waits += exposed_by_chunks(chunks, attention, reduce, gather, down if gather else 0.0, ends=True)
+    else:
+        waits = exposed_by_chunks(chunks, 0.0, 0.0, gather, attention) if gather else 0.0
+        waits += exposed_by_chunks(chunks, output, reduce, gather, mlp, early=False)
+        waits += exposed_by_chunks(chunks, down, reduce, 0.0, 0.0)
+    return (chunks * sum(sent) - waits) * (1 - contention(gpu, RankGroup(tp)))
+
+
+def _weight_gradients(
+    gpu: Hardware, program: Program, tokens: int, products: Sequence[tuple[int, int]], in_fp8: bool, joint: int
+) -> Parts:
+    """Return the products of the weight gradients and their accumulation, a micro-batch's part of `joint` of them."""
+    multiplied = accumulated = copied = 0.0
+    for inputs, outputs in products:
+        at_once = 1
+        if joint > 1 and multiplied_jointly(tokens, outputs, inputs, joint, program.element_bytes):
+            at_once = joint
+            copied += copied_bytes(tokens, outputs, inputs, 1, program.element_bytes)
+        multiplied += (fp8_gemm if in_fp8 else gemm)(gpu, inputs, outputs, at_once * tokens) / at_once
+        accumulated += program.accumulation * inputs * outputs / at_once
+    traffic = pointwise(gpu, accumulated, "optimizer") + (pointwise(gpu, copied, "backward") if copied else 0.0)
+    return Parts(multiplied, 0.0, traffic)
 
 
 def _quantising(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from llama_ds.config.schema import RunConfig
@@ -39,10 +39,28 @@ class Memory:
     activations: float  # saved between forward and backward, for all micro-batches in flight
     working: float  # temporaries of a layer or the head, and message buffers
     margin: float  # driver, communication library, fragmentation
+    matrices: float = 0.0  # whole matrices in Muon's step, when activations and temporaries are gone
+
+    @property
+    def kept(self) -> float:
+        """What the rank holds all the time, the margin included."""
+        return self.weights + self.gradients + self.optimizer + self.margin
+
+    @property
+    def with_matrices(self) -> float:
+        """What the rank holds in Muon's step."""
+        return self.kept + self.matrices
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.margin
+        """The most at one time."""
+        return max(self.kept + self.activations + self.working, self.with_matrices)
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """What the rank holds when it holds most, by name."""
+        absent = ("activations", "working") if self.total == self.with_matrices else ("matrices",)
+        return {name: size for name, size in asdict(self).items() if name not in absent}
 
 
 def run_memory(
@@ -68,7 +86,8 @@ def run_memory(
             weights, gathered = weights / layout.data_axis, 2 * weights / max(1, layers)
         gradients = held.gradients / (layout.data_axis if zero >= 2 else 1) + (gathered if zero >= 2 else 0)
         optimizer = held.optimizer * (1 if zero else layout.data_axis)
-        found.append(Memory(weights, gradients, optimizer, kept, held.working + gathered, (1 - USABLE) * device_bytes))
+        working, margin = held.working + gathered, (1 - USABLE) * device_bytes
+        found.append(Memory(weights, gradients, optimizer, kept, working, margin, held.matrices))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from html import escape
 
 from llama_ds.layout.recompute import GIB
@@ -23,6 +22,7 @@ _PARTS = {
     "activations": "#f28e2b",
     "working": "#edc948",
     "margin": "#bab0ac",
+    "matrices": "#b07aa1",
 }
 _OPS = {"F": "#4e79a7", "BW": "#59a14f", "B": "#59a14f", "W": "#edc948"}
 _SCHEDULES = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#b07aa1")
@@ -71,11 +71,11 @@ def memory_bars(ranks: Sequence[Memory], device_gib: float) -> str:
     for number, rank in enumerate(ranks):
         x, y = float(left), number * row
         parts.append(f'<text x="0" y="{y + 14}">rank {number}</text>')
-        for part in fields(rank):
-            size = getattr(rank, part.name) / GIB
-            label = f"{part.name} {size:.2f} GiB"
+        for name, held in rank.at_peak.items():
+            size = held / GIB
+            label = f"{name} {size:.2f} GiB"
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="{row - 3}" fill="{_PARTS[part.name]}">'
+                f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="{row - 3}" fill="{_PARTS[name]}">'
                 f"<title>{label}</title></rect>"
             )
             x += size * scale

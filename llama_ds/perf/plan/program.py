@@ -45,7 +45,6 @@ class Program:
     overlaps_tensor: bool  # collectives of the backward overlap the weight gradients
     sums_at_end: bool = False  # DeepSpeed without a pipeline, below ZeRO-2: one all-reduce after the last gradient
     sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
-    rows_copied: float = 0  # bytes moved per element to reorder an all-gather or reduce-scatter of several rows
     gradient_bytes: float = 4  # bytes kept per parameter until the step
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
@@ -85,7 +84,6 @@ OURS = Program(
     overlaps_tensor=True,
     sums_at_end=True,
     sums_norms=True,
-    rows_copied=4,
 )
 
 # In fp32 there are no master weights, and products accumulate into the gradients in place.
@@ -177,7 +175,6 @@ AUTOGRAD = replace(
     name="autograd",
     sums_at_end=False,
     sums_norms=False,
-    rows_copied=0,
     hidden=MemoryTraffic(28, 44),
     heads=MemoryTraffic(8, 12),
     inner=MemoryTraffic(10, 16),

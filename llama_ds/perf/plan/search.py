@@ -22,12 +22,13 @@ from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.partition import boundaries, decoder_layers
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
+from llama_ds.perf.plan.bound import lower_bound
 from llama_ds.perf.plan.estimate import Estimate, check_peak, filled, held_by
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
-from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
-from llama_ds.schedules.schedule import DEFERRING
+from llama_ds.perf.plan.step import step_time
+from llama_ds.perf.plan.tensor_chunks import with_chunks
 
 MAX_MICRO_BATCH = 16
 MIN_SHARED_TOKENS = 2048  # minimum share of a row on a context-parallel rank; smaller ones cost more messages
@@ -279,38 +280,22 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
     if peak > gpu.memory_bytes:
         _reject(
             rejected,
-            "does not fit",
+            "whole matrices of Muon do not fit" if _lacks_matrices(memory, gpu) else "does not fit",
             f"{words} ZeRO-{run.zero_stage} recompute {recompute}: {peak / GIB:.1f} of {gpu.memory_gib:g} GiB",
         )
         return None
-    job = job_of(run, layout, policies, gpu.dtype)
+    run, job = with_chunks(gpu, run, job_of(run, layout, policies, gpu.dtype))
     return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
+
+
+def _lacks_matrices(memory: tuple[Memory, ...], gpu: Hardware) -> bool:
+    """Return whether a layout would fit but for the matrices of Muon's step."""
+    return all(rank.kept + rank.activations + rank.working <= gpu.memory_bytes for rank in memory)
 
 
 @lru_cache(maxsize=1000)
 def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
     return tuple(decoder_layers(boundaries(model, seq_len, stages, None)))
-
-
-def lower_bound(gpu: Hardware, job: StepJob) -> float:
-    """Return a lower bound of the step time in seconds.
-
-    Every rank first waits for one forward through the preceding stages. The backwards of these stages follow its last
-    backward, unless deferred weight gradients fill the drain phase.
-    """
-    costs = stage_costs(gpu, job)
-    transfer, wait = stage_message(gpu, job)
-    placement = job.placement
-    split = job.schedule in DEFERRING
-    longest = 0.0
-    for rank in range(job.pp):
-        own = [costs[placement.stage(rank, chunk)] for chunk in range(job.chunks)]
-        busy = job.micro_batches * sum(c.forward + c.input_backward + c.weight_backward for c in own)
-        before = costs[:rank]
-        fill = sum(c.forward + transfer + wait for c in before)
-        drain = 0.0 if split else sum(c.input_backward + c.weight_backward for c in before)
-        longest = max(longest, fill + busy + drain)
-    return longest + sum(end_of_step(gpu, job, costs)) + gpu.calibration.step_ms * 1e-3
 
 
 def _simulate(candidate: _Candidate, gpu: Hardware, found: SearchResult) -> Estimate:

@@ -11,7 +11,7 @@ from llama_ds.layout.partition import held_parameters
 from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, message, reduce_scatter
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.job import Counts, StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
 from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.update import update_time
@@ -101,9 +101,13 @@ def oversubscription(gpu: Hardware, job: StepJob) -> float:
 def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
     """Return the times of every stage's passes."""
     last = len(job.stages) - 1
-    found = []
-    for stage, counts in enumerate(job.stages):
-        pieces: list[tuple[LayerTime, int]] = [(layer_time(gpu, job, policy), n) for policy, n in counts]
+    known: dict[tuple[Counts, bool, bool, float], StageTime] = {}  # most stages are alike
+    keys = [(counts, stage == 0, stage == last, job.joint_share(stage)) for stage, counts in enumerate(job.stages)]
+    for stage, key in enumerate(keys):
+        if key in known:
+            continue
+        counts, _, _, joint = key
+        pieces: list[tuple[LayerTime, int]] = [(layer_time(gpu, job, policy, joint), n) for policy, n in counts]
         if job.whole_model and stage == 0:
             pieces.append((embedding_time(gpu, job), 1))
         if job.whole_model and stage == last:
@@ -114,8 +118,8 @@ def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
         for piece, n in pieces:
             parts = (piece.forward, piece.recompute, piece.input_backward, piece.weight_backward)
             totals = [total + part * n for total, part in zip(totals, parts, strict=True)]
-        found.append(StageTime(*totals))
-    return tuple(found)
+        known[key] = StageTime(*totals)
+    return tuple(known[key] for key in keys)
 
 
 def _host(gpu: Hardware, job: StepJob, stage: int) -> Parts:

@@ -101,6 +101,7 @@ class RankRecord:
             about["virtual_stages"],
             about["extra_warmup"],
             times and tuple(times),
+            about.get("joint", 1),
         )
 
     def steps(self) -> list[tuple[Event, list[Event]]]:
@@ -214,6 +215,7 @@ def read_rank(path: Path) -> RankRecord:
         counts = [world, *(data[name] for name in _COUNTS)]
         assert all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts)
         assert all(type(time) is int for time in data.get("pass_times") or ())  # in any unit
+        assert type(joint := data.get("joint", 1)) is int and 0 < joint <= _MAX_COUNT
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
         assert world % data["pp"] == 0 and all(isinstance(event.what, str) for event in events)
     except (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,16 @@ from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, stage_policies
 from llama_ds.parallel.dry_run.fake_world import fake_world
 from llama_ds.parallel.dry_run.holdings import parameter_counts, sort_holdings
-from llama_ds.parallel.dry_run.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, WORKING, Call, Ledger
+from llama_ds.parallel.dry_run.ledger import (
+    ACTIVATIONS,
+    GRADIENTS,
+    MATRICES,
+    OPTIMIZER,
+    WEIGHTS,
+    WORKING,
+    Call,
+    Ledger,
+)
 from llama_ds.parallel.world import RankInfo
 from llama_ds.training.dry_run.report import IssuedCall, ProcessGroup, RankReport
 from llama_ds.training.engines.build import build_engine
@@ -53,6 +63,7 @@ def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
         inner = engine.deepspeed
         batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
     groups: dict[ProcessGroup, int] = {}
+    element_bytes = ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"]
     coords = layout.coords(rank_info.rank)
     if engine.dp_rank != coords.dp:
         raise AssertionError(f"rank {rank_info.rank} is data-parallel rank {engine.dp_rank}, not {coords.dp}")
@@ -62,10 +73,10 @@ def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
         stages=stages_of(run, layout, coords.pp),
         parameters_sharded=sharded,
         parameters_replicated=replicated,
-        memory={category: size for category, size in ledger.peak.items() if size},
-        planned=planned_memory(
-            run, layout, ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"], coords.pp
-        ),
+        memory=_at_peak(ledger),
+        matrices=ledger.most_matrices,
+        planned_matrices=rank_memory(run, layout, element_bytes)[coords.pp].matrices,
+        planned=planned_memory(run, layout, element_bytes, coords.pp),
         building=_traffic(building, groups),
         step=_traffic(ledger.calls, groups),
         groups=list(groups),
@@ -84,19 +95,27 @@ def stages_of(run: RunConfig, layout: Layout, pp_rank: int) -> list[int]:
     return [placement.stage(pp_rank, chunk) for chunk in range(placement.chunks)]
 
 
+def _at_peak(ledger: Ledger) -> dict[str, int]:
+    """Return the memory at the peak by category; Muon's matrices are working memory."""
+    peak = Counter(ledger.peak)
+    peak[WORKING] += peak.pop(MATRICES, 0)
+    return {category: size for category, size in peak.items() if size}
+
+
 def planned_memory(run: RunConfig, layout: Layout, element_bytes: int, pp_rank: int) -> dict[str, int]:
-    """Return the planned memory of a rank by category; empty unless ZeRO-1, the only stage that the planner covers."""
+    """Return the memory of a rank at its planned peak by category; empty unless ZeRO-1, the only stage planned here."""
     if run.zero_stage != 1:
         return {}
     held = rank_memory(run, layout, element_bytes)[pp_rank]
     stages = stage_policies(run, layout, element_bytes)
     kept = sum(stages[stage].saved_bytes for stage in stages_of(run, layout, pp_rank))
+    in_muon = held.matrices > kept + held.working
     return {
         WEIGHTS: held.weights,
         GRADIENTS: held.gradients,
         OPTIMIZER: held.optimizer,
-        ACTIVATIONS: kept,
-        WORKING: held.working,
+        ACTIVATIONS: 0 if in_muon else kept,
+        WORKING: held.matrices if in_muon else held.working,
     }
 
 

@@ -45,6 +45,8 @@ class RankReport:
     micro_batches: int  # number of micro-batches read in the step
     engine_batch: tuple[int, int, int]  # global batch, accumulation and dp as DeepSpeed's engine has them
     reads_data: bool
+    matrices: int = 0  # most bytes that Muon's step allocated
+    planned_matrices: int = 0  # on the fullest rank of the stage
     seconds: float = 0.0
     host_bytes: int = 0  # peak resident memory of the process that ran the rank
 

@@ -18,6 +18,7 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.ranks import choose_ranks
 from llama_ds.layout.recompute import ELEMENT_BYTES, USABLE, with_device_memory
 from llama_ds.layout.worst_stage import worst_stage
+from llama_ds.perf.plan.relief import check_matrices
 from llama_ds.training.dry_run.checks import check_ranks
 from llama_ds.training.dry_run.report import Check, DryRun, RankReport
 from llama_ds.training.dry_run.rows import check_rows
@@ -53,6 +54,9 @@ def dry_run(
         raise UserError(f"--rank {wanted}: a dry run simulates at least one rank; use 0 to {layout.world - 1}")
     rows = check_rows(run, layout, first_step(run))
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
+    if device_gib is not None:
+        dtype = "bf16" if config["bf16"]["enabled"] else "fp32"
+        check_matrices(run, layout, ELEMENT_BYTES[dtype], int(device_gib * GIB))
 
     # Errors in the run file are reported before the slow imports of torch and DeepSpeed.
     from llama_ds.parallel.world import RankInfo

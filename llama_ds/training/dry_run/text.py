@@ -32,6 +32,7 @@ def table(found: DryRun) -> str:
             "",
             f"peak memory of a rank in {unit}",
             *_indented(_columns(_HEAD, _grouped((r.rank, _memory(r, UNITS[unit])) for r in found.ranks))),
+            *_matrices(found),
             "",
             "collectives and messages of one step, bytes of the full buffer",
             *_indented(_traffic_lines(found)),
@@ -62,7 +63,7 @@ def calls_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
 
 
 def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
-    kept = ("stages", "parameters", "memory", "planned", "micro_batches")
+    kept = ("stages", "parameters", "memory", "matrices", "planned", "planned_matrices", "micro_batches")
     lines = [
         {
             "kind": kind,
@@ -86,6 +87,16 @@ def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "host_bytes": report.host_bytes,
     }
+
+
+def _matrices(found: DryRun) -> list[str]:
+    """Return the line on whole matrices, if the optimizer is Muon."""
+    most = max(found.ranks, key=lambda report: report.matrices)
+    if not most.matrices:
+        return []
+    unit = next((name for name, size in UNITS.items() if most.matrices >= size), "KiB")
+    held, planned = (size / UNITS[unit] for size in (most.matrices, most.planned_matrices))
+    return [f"  whole matrices in Muon's step: at most {held:.3f} {unit} on a rank, planned {planned:.3f}"]
 
 
 def _positions(calls: list[IssuedCall]) -> dict[IssuedCall, list[int]]:

@@ -12,7 +12,10 @@ import torch
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
+from llama_ds.errors import UserError
+from llama_ds.job.devices import BACKEND
 from llama_ds.layout.layout import Layout
+from llama_ds.parallel.backend import backend
 from llama_ds.parallel.deepspeed_check import check_device, check_values, refusals
 from llama_ds.parallel.lean_imports import leave_out_compiler
 from llama_ds.training.engines.interface import Engine
@@ -43,6 +46,11 @@ def build_engine(
     leave_out_compiler()
     check_values(run.deepspeed_path, config)
     check_device(run.deepspeed_path, config, device.type)
+    if layout.pp > 1 and run.parallel.schedule == STOCK_ENGINE and device.type == "cuda" and backend() == "gloo":
+        raise UserError(
+            f"parallel.schedule = {STOCK_ENGINE}: DeepSpeed's pipeline passes messages between GPUs by NCCL only, and "
+            f"{BACKEND} chooses gloo; use another schedule, or one rank on each GPU"
+        )
     # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses. Reading the table
     # that it asks would probe every op of DeepSpeed, by setuptools and a C compiler.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

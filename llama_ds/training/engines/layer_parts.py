@@ -38,7 +38,7 @@ def layer_parts(
 ) -> LayerParts:
     """Create the communicators of a layer and choose the attention backend and each layer's save policy. Collective."""
     trace = Trace(device)
-    tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
+    tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace, run.parallel.tp_chunks)
     cp = context_parallel(layout, cp_sizes(run)[0], trace)
     context = layer_context(run, tp, device.type, dtype, marks, cp, world.maximum_of, keeps_fp8_weights(run, layout))
     context = replace(context, recomputing=partial(trace.around, "recompute"))

@@ -41,7 +41,10 @@ def build_pipelined(
     optimizer = build_optimizer(groups, run, config) if trains else None
     freeze_imports()
     rows = (layout.micro_batch, run.data.seq_len)
-    engine = LlamaPipelineEngine(module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace)
+    apart = run.checkpoint.compare_repeats > 0  # it repeats layers for the first micro-batch
+    engine = LlamaPipelineEngine(
+        module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace, apart
+    )
     if trains:
         accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
         attach_optimizer(engine, run, layout)

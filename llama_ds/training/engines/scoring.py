@@ -32,7 +32,8 @@ class EngineBackend:
     """Every rank calls it with the same rows, which the ranks share, and every rank gets all scores.
 
     Plain rows are divided over dp, and each over cp as in training. Branched rows are divided over dp and cp.
-    The weights, gradients and optimizer states stay as they are; the engine's next step is a step of training.
+    The weights, gradients and optimizer states stay as they are; the engine's next step is a step of training. Products
+    are in the dtype of the run, not in float8: scores are those of the weights in any program.
     """
 
     def __init__(self, engine: Engine, run: RunConfig, layout: Layout, marks: DocumentMarks) -> None:
@@ -63,7 +64,8 @@ class EngineBackend:
 
         length = None if tokens == self.shape.seq_len else tokens
         try:
-            engine.evaluate(self._batches(own), len(own), length, branches if branched else None)
+            with engine.context.products_of_the_run():
+                engine.evaluate(self._batches(own), len(own), length, branches if branched else None)
         finally:
             engine.loss.scores = None
         found: dict[int, Score] = {}

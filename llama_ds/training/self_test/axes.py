@@ -110,10 +110,14 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
 
     if parallel.sequence_parallel:
         yield "parallel.sequence_parallel=false", of("parallel", sequence_parallel=False)
+    if parallel.tp_chunks > 1:
+        yield "parallel.tp_chunks=1", of("parallel", tp_chunks=1)
     if parallel.cp > 1 and cp_sizes(run)[0].all_to_all > 1:
         yield "parallel.cp_method=ring", of("parallel", cp_method=RING, cp_all_to_all=0)
     if small.layout.pp > 1 and parallel.schedule != "1f1b":
         yield "parallel.schedule=1f1b", without_schedule(small)
+    if parallel.joint_weight_gradients > 1:
+        yield "parallel.joint_weight_gradients=1", of("parallel", joint_weight_gradients=1)
     if parallel.recompute != "none":
         yield "parallel.recompute=none", of("parallel", recompute="none")
     if run.zero_stage > 1:
@@ -123,9 +127,12 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
         yield "data.document_mask=false", of("data", document_mask=False)
     if compute.attention_backend != "reference":
         yield "compute.attention_backend=reference", of("compute", attention_backend="reference")
-    deferred = small.layout.pp > 1 and parallel.schedule in DEFERRING
+    deferred = small.layout.pp > 1 and (parallel.schedule in DEFERRING or parallel.joint_weight_gradients > 1)
     if compute.decoder_layer != "autograd" and parallel.recompute in ("none", "full") and not deferred:
-        yield "compute.decoder_layer=autograd", of("compute", decoder_layer="autograd")
+        by_autograd = replace(
+            run, parallel=replace(parallel, tp_chunks=1), compute=replace(compute, decoder_layer="autograd")
+        )
+        yield "compute.decoder_layer=autograd", replace(small, run=by_autograd)
     if run.optimizer.name != "adamw":
         yield "optimizer.name=adamw", of("optimizer", name="adamw", **WITHOUT_MUON)
     if run.optimizer.z_loss:

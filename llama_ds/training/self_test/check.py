@@ -25,6 +25,7 @@ from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger, only_warnings
 from llama_ds.parallel import world
+from llama_ds.parallel.backend import backend
 from llama_ds.training.self_test.axes import FaultSearch
 from llama_ds.training.self_test.comparison import Differences, bounds_of, compare
 from llama_ds.training.self_test.small_run import SmallRun, small_run
@@ -108,7 +109,7 @@ def _words(found: Differences) -> str:
 
 
 def _record(small: SmallRun, layout: Layout, device: torch.device) -> dict[str, Any]:
-    """Return all that the outcome depends on, as plain data: layout, structure, dtypes, versions, kind of device."""
+    """Return what the outcome depends on, as plain data: layout, structure, dtypes, versions, backend, device."""
     run = resolved(small.run)
     run["compute"].pop("self_test")
     names = ("torch", "deepspeed", "flash-attn")
@@ -118,6 +119,7 @@ def _record(small: SmallRun, layout: Layout, device: torch.device) -> dict[str, 
         "run": {name: run[name] for name in SECTIONS},
         "document_mask": small.run.data.document_mask and ("begin" if small.marks.begin is not None else "end"),
         "versions": {"llama_ds": __version__, **{name: _version(name) for name in names}},
+        "backend": backend(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
 

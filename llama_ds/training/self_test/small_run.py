@@ -75,6 +75,7 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
     """
     layers = _layers_of_stages(run)
     multiple = layout.cp * math.lcm(layout.tp, 2) if layout.cp > 1 else layout.tp
+    multiple *= run.parallel.tp_chunks
     seq_len = multiple * -(-MIN_TOKENS // multiple)
     model = _small_model(run, layout.tp, sum(layers), seq_len)
     small_layout = replace(layout, micro_batch=min(layout.micro_batch, 2), accumulation=_accumulation(layout))
@@ -133,6 +134,7 @@ def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
     parallel, settings = small.run.parallel, copy.deepcopy(small.run.deepspeed)
     parallel = replace(
         parallel, pp=layout.pp, tp=layout.tp, sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
+        tp_chunks=parallel.tp_chunks if layout.tp > 1 else 1,
         cp=layout.cp, cp_method=parallel.cp_method if layout.cp > 1 else "auto",
         cp_all_to_all=parallel.cp_all_to_all if layout.cp > 1 else 0,
         **({} if "pp" in kept else _one_stage(parallel.recompute)),
@@ -163,6 +165,7 @@ def _one_stage(recompute: str) -> dict[str, Any]:
         "extra_warmup": 0,
         "pass_times": None,
         "post_validation": False,
+        "joint_weight_gradients": 1,
         "partition": None,
         "recompute": max(recompute.split(","), key=POLICIES.index),
     }
