@@ -38,7 +38,7 @@ class MatrixStep:
     data_ranks: int  # ranks over which ZeRO cuts, dp * cp
     tp: int
     layers: int  # decoder layers of the position
-    element_bytes: int  # of the dtype in which matrices travel
+    element_bytes: int  # matrices travel in this dtype
     zero_stage: int
     by_layer: bool  # our pipeline engine: each layer is a master of its own, and travels by itself
     sub_group: int = SUB_GROUP

@@ -19,7 +19,7 @@ from llama_ds.layout.chunk_order import passed_before
 from llama_ds.model.pointwise import rms_norm_backward
 from llama_ds.model.tensor_parallel import Pending, TensorParallel
 
-PassOn = Callable[[int], None]  # of the chunk with this number
+PassOn = Callable[[int], None]  # receives the number of the chunk
 Multiply = Callable[[Tensor, Tensor | None], Tensor]  # (N, I) -> (N, O), written to the second argument if given
 
 

@@ -245,7 +245,7 @@ def test_factors_are_copied_where_that_moves_fewer_bytes() -> None:
     """65B, rows of 2,048 tokens: 8 bytes saved for each element of a matrix, 8 copied for each of its factors."""
     assert multiplied_jointly(2048, 22016, 8192, 2, 2)
     assert multiplied_jointly(2048, 8192, 4096, 2, 2)  # output projection at tp 2: 268 MB saved, 201 MB copied
-    assert not multiplied_jointly(2048, 8192, 1024, 2, 2)  # that of tp 8: 67 MB saved, 151 MB copied
+    assert not multiplied_jointly(2048, 8192, 1024, 2, 2)  # output projection at tp 8: 67 MB saved, 151 MB copied
     model = ModelConfig(32000, 8192, 22016, 1, 64, 64, 128)
     work = LayerWork(model, 2048, 1, tp=2)
     assert work.joint_factor_bytes(2) == 2 * 2048 * (22016 + 8192) * 2

@@ -22,7 +22,7 @@ class TensorRequest:
     ranks: int
     layers: int
     hidden: int  # heads are of 64, the intermediate size is 8 / 3 of it, rounded up to 64
-    rows: int  # of a micro-batch
+    rows: int  # in a micro-batch
     seq_len: int
     chunks: list[int]  # values of parallel.tp_chunks, which take turns
     paced_gflops: float | None  # rate at which products are imitated by sleeping, on a busy machine; None: multiply
