@@ -214,10 +214,9 @@ class MemoryCheckpoints:
         except Corruption as error:
             if self._every:  # the error is raised on all ranks alike
                 self._wait()
+                self._forget_after(error.good_step)  # before the barrier, which fails if another rank dies now
                 world.barrier()
-                for slot in self._slots:
-                    if slot.step > error.good_step:
-                        slot.clear()
+                self._forget_after(error.good_step)  # with the copies that were still on their way here
                 world.barrier()  # once one of them reports the error, all may be killed
             raise
 
@@ -253,6 +252,11 @@ class MemoryCheckpoints:
                     *(self._rank, self._hosts[peer], slot.step, error),
                 )
             self._without_copy = True
+
+    def _forget_after(self, step: int) -> None:
+        for slot in self._slots:
+            if slot.step > step:
+                slot.clear()
 
     def _wait(self) -> None:
         if self._thread:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from llama_ds.errors import Corruption, UserError
 from llama_ds.job.memory_slots import MemorySlot, whole_slots
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.weights import weight_shapes
+from llama_ds.parallel import world
 from llama_ds.parallel.world import RankInfo
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.memory_checkpoints import MemoryCheckpoints
@@ -193,6 +195,19 @@ def test_states_since_the_last_comparison_are_forgotten_when_replicas_differ(run
             raise Corruption("the weights of rank 1 differ", [1], good_step)
         state = started(run).find(0)
         assert (state and state.step) == found
+
+
+def test_states_are_forgotten_also_if_a_rank_dies_meanwhile(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(run)
+    memory = started(run)
+    assert memory.find(0)
+    memory.begin(Engine(0), 4)
+    monkeypatch.setattr(world, "barrier", Mock(side_effect=RuntimeError("connection closed by peer")))
+    with pytest.raises(RuntimeError), memory.trusted():
+        raise Corruption("the weights of rank 1 differ", [1], 3)
+    monkeypatch.undo()
+    state = started(run).find(0)
+    assert state and state.step == 2
 
 
 def test_too_little_memory_is_said_before_the_first_step(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
