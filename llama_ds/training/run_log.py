@@ -98,6 +98,8 @@ class RunLog:
         if self._full:
             self._full = False
             logger.info("step %s | the delayed metrics are written", step)
+            if self._metrics.lost:
+                logger.warning("METRICS LOST: %d lines before step %s: too many waited", self._metrics.lost, step)
 
     def warn(self, lines: Iterable[str]) -> None:
         """Print lines on the console, and write them to warnings.jsonl."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -205,3 +206,21 @@ def test_lines_of_metrics_wait_for_room_on_a_full_disk(
     assert reported(tmp_path) == list(range(1, 501))
     (said,) = [text for text in caplog.messages if "METRICS" in text]
     assert "METRICS DELAYED: step 1: " in said and "No space left" in said
+
+
+def test_metrics_that_wait_take_limited_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk may stay full for weeks: the first lines are kept, and it is said how many others are lost."""
+    log = open_log(tmp_path)[1]
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(line_file, "os", SimpleNamespace(write=full, close=os.close))
+    monkeypatch.setattr(line_file, "MAX_WAITING", 40)
+    monkeypatch.setattr(logger, "propagate", True)
+    for step in range(1, 10):
+        log.record({"step": step, "loss": 0.5})  # 24 bytes
+    full.side_effect = os.write
+    log.record({"step": 10, "loss": 0.5})
+    log.close(RunEnd.FINISHED)
+    assert reported(tmp_path) == [1, 2, 10]
+    assert "METRICS LOST: 7 lines before step 10: too many waited" in caplog.messages
