@@ -61,6 +61,7 @@ class RunLog:
         self._warnings.step = first_step
         logger.addHandler(self._warnings)
         self._boards = open_boards(run, first_step)
+        self._accounts: Mapping[str, float] = {}  # metrics that boards do not have yet
 
     def record(self, values: dict[str, Any], plotted: Mapping[str, float] | None = None) -> None:
         """Write a line to metrics.jsonl, and its numbers or those of `plotted` to the boards.
@@ -71,8 +72,17 @@ class RunLog:
         self._write(step, json.dumps(values))
         if plotted is None:
             plotted = {name: value for name, value in values.items() if name != "step" and value is not None}
+        plotted, self._accounts = {**self._accounts, **plotted}, {}
         for board in self._boards:
             board.add(step, plotted)
+
+    def record_accounts(self, step: int, accounts: Mapping[str, float]) -> None:
+        """Write metrics of the run's time until `step` to metrics.jsonl, and with the next ones to the boards.
+
+        A board may hold `step` from before a restart, and take nothing more for it.
+        """
+        self._write(step, json.dumps({"step": step, **accounts}))
+        self._accounts = accounts
 
     def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Write a line for each sample to samples.jsonl, and their texts to the boards."""
@@ -167,7 +177,7 @@ def open_run_log(
         ) from None
     job = current(os.environ)
     if job and job.accounts:
-        log.record({"step": first_step, **job.accounts})
+        log.record_accounts(first_step, job.accounts)
     return log
 
 

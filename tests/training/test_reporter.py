@@ -21,7 +21,7 @@ from llama_ds.job.heartbeat import Progress
 from llama_ds.job.run_end import RunEnd
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.log import logger
-from llama_ds.training import line_file
+from llama_ds.training import line_file, run_log
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import RunLog, open_run_log
@@ -177,6 +177,23 @@ def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
     _, log = open_log(tmp_path, first=2)
     log.close(RunEnd.FINISHED)
     assert reported(tmp_path) == [1, 2]
+
+
+def test_boards_get_accounts_of_time_with_a_step_that_is_new_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service may hold the step at which a restart begins, and takes nothing more for it."""
+    accounts, points = {"effective_share": 0.9, "failures": 2.0}, []
+    monkeypatch.setattr(run_log, "current", lambda _: SimpleNamespace(accounts=accounts))
+    log = open_log(tmp_path, first=4)[1]
+    board: Any = SimpleNamespace(add=lambda *point: points.append(point), end=lambda _: False)
+    log._boards = [board]
+    for step in (5, 6):
+        log.record({"step": step, "loss": 1.0})
+    log.close(RunEnd.FINISHED)
+    assert points == [(5, accounts | {"loss": 1.0}), (6, {"loss": 1.0})]
+    first = (tmp_path / "reported" / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(first) == {"step": 4, **accounts}
 
 
 def test_lines_of_metrics_wait_for_room_on_a_full_disk(

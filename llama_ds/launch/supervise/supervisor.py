@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from llama_ds.launch.supervise.server import Server
 from llama_ds.launch.supervise.standbys import Standbys, reason_against
 
 MAX_BACKOFF_S = 300.0
+ACCOUNTS_S = 5.0  # time for the account of the run, which a restart does without if it takes longer
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Supervisor:
             orphan_s=start.orphan_s,
             nic=start.nic,
             started=self._job_start.at,
-            accounts=self._accounted.result() if self._accounted else {},
+            accounts=self._known_accounts(),
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
@@ -207,6 +208,10 @@ class Supervisor:
         finally:
             outcome.unclean = self._attempt.end()
         return outcome
+
+    def _known_accounts(self) -> dict[str, float]:
+        future = self._accounted
+        return future.result() if future and wait([future], ACCOUNTS_S).done else {}
 
     def _read_hosts_again(self) -> None:
         """Take in hosts that were added to the hostfiles, and leave out those that were removed."""
