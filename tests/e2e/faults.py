@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def inject(kind: str, site: Site) -> Injected:
         injected.repair = lambda: hosts.run(host, slow_links(LINK_MBIT).replace("add", "change"))
         injected.lasts_s = SLOW_S
     elif kind == "disk full":
-        resize(site.disk, shutil.disk_usage(site.disk).used)
+        fill(site.disk)
         injected.repair, injected.lasts_s = (lambda: resize(site.disk, DISK_BYTES)), FULL_S
         injected.hosts, injected.ranks = [], []
     elif kind == "pdsh":
@@ -126,6 +127,14 @@ def inject(kind: str, site: Site) -> Injected:
             injected.about = {"damaged": damage_states(host, rank, site)}
             send(victim, signal.SIGKILL)
     return injected
+
+
+def fill(disk: Path) -> None:
+    """Leave a file system in memory no room; it cannot be made smaller than what it holds, which grows meanwhile."""
+    for _ in range(100):
+        with suppress(subprocess.CalledProcessError):
+            return resize(disk, shutil.disk_usage(disk).used)
+    raise AssertionError(f"{disk} grows too fast")
 
 
 def resize(disk: Path, size: int) -> None:
