@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +80,18 @@ def test_a_network_that_comes_back_is_waited_for(tmp_path: Path) -> None:
     assert [event["event"] for event in events(job)] == [
         *("preflight", "too few hosts", "preflight", "too few hosts", "preflight", "restart"),
     ]
+
+
+def test_accounts_that_are_slow_to_read_hold_up_no_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "ACCOUNTS_S", 0.01)
+    job, read = supervisor(tmp_path, reports(True)), Event()
+    job._accounts = lambda: {"failures": float(read.wait(60))}
+    assert job._known_accounts() == {}
+    job._prepare_restart(DEATH, HOSTS, 1)
+    assert job._known_accounts() == {}
+    read.set()
+    monkeypatch.setattr(supervisor_module, "ACCOUNTS_S", 60)
+    assert job._known_accounts() == {"failures": 1.0}
 
 
 def test_one_that_does_not_is_waited_for_no_more_often_than_restarts_are_allowed(tmp_path: Path) -> None:
