@@ -257,7 +257,8 @@ def backward(
     mid = saved.mid
     if mid is None:  # recompute step 4
         mid = _add_residual(_output_projection(layer, out), x, attention.o_proj)
-    normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
+    mid = mid.flatten(0, 1)  # norms have the shape of the forward's: CUDA compiles a kernel for each
+    normed_mid = rms_norm(mid, mid_norm, eps) if saved.normed_mid is None else saved.normed_mid
     grad_product = multiply_gathered(
         gathering, _input_gradients(layer, (mlp.down_proj,)), mlp.down_proj.weight.shape[1]
     )
@@ -270,7 +271,7 @@ def backward(
     # 4. do = dm W_o, dW_o = dm^T o
     sums = Reduction(tp, grad_gate_up, _input_gradients(layer, layer.wide_mlp), width, count)
     gathering, residuals = Gathering(tp, len(own), count), cut(grad_own, count)
-    mid_back = NormBackward(cut(mid.flatten(0, 1), count), mid_norm, eps, residuals)
+    mid_back = NormBackward(cut(mid, count), mid_norm, eps, residuals)
     pass_on = partial(_pass_on, sums, mid_back, gathering)
     sums.issue_all(pass_on)
     grad_down_weight = weight_grads.of((mlp.down_proj,), gathered_grad_y, product)  # 7. dW_down
@@ -301,7 +302,7 @@ def backward(
     pass_on = partial(_pass_on, sums, back, ahead)
     sums.issue_all(pass_on)
     grad_o_weight = weight_grads.of((attention.o_proj,), gathered_grad_mid, out.flatten(2).flatten(0, 1))  # 4. dW_o
-    normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
+    normed_x = rms_norm(own, norm, eps) if saved.normed_x is None else saved.normed_x
     for i in range(len(back.grads), count):
         pass_on(i)
     grad_x = joined(back.grads).view_as(x)

@@ -62,7 +62,7 @@ class TensorParallel(Protocol):
     def reduce_tokens(self, x: Tensor, out: Tensor | None, chunks: int = 1) -> Pending:
         """Issue `start_reduce` for so many chunks x: (N, D) -> (M, D), written to `out` if given.
 
-        Without sequence parallelism the result is x, summed in place.
+        Without sequence parallelism the result is x, summed in place by one collective.
         """
 
     def start_sum(self, x: Tensor) -> Pending:

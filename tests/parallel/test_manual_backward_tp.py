@@ -64,8 +64,9 @@ def test_no_policy_repeats_a_collective_but_full(case: Case, results: Results) -
     each = 4 * case.chunks
     assert forward == ({"gather": each, "reduce": each} if case.sequence_parallel else {"reduce": each})
     again = case.policy == "full"  # all but the layer's last sum, which its backward does not need
-    # Without sequence parallelism, where each rank has all tokens, only the layer cuts them.
-    wanted = Counter(reduce=each + each // 2 * again)
+    # Without sequence parallelism each rank has all tokens; a backward cuts them only if it defers weight gradients.
+    cut_again = case.sequence_parallel or case.deferred
+    wanted = Counter(reduce=(each if cut_again else 4) + each // 2 * again)
     if case.sequence_parallel:
         wanted += Counter(gather=each + each * again, norm=4)
     assert backward == wanted
