@@ -6,7 +6,7 @@ A collective runs on a stream of its group: it waits for what its caller has iss
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -73,8 +73,15 @@ class _Group(dist.ProcessGroup):
         assert whole.numel() == self.size() * output.numel() and output.dtype == whole.dtype
         return self._issue("reduce_scatter", whole, output)
 
-    def alltoall_base(self, output: Tensor, given: Tensor, *options: Any) -> Any:
-        assert output.numel() == given.numel() and output.dtype == given.dtype
+    def alltoall_base(
+        self, output: Tensor, given: Tensor, counts: Sequence[int] = (), sizes: Sequence[int] = (), options: Any = None
+    ) -> Any:
+        own = self.rank()
+        if counts or sizes:
+            assert (sum(counts), sum(sizes)) == (len(output), len(given)) and counts[own] == sizes[own]
+        else:
+            assert output.numel() == given.numel()
+        assert output.dtype == given.dtype
         return self._issue("all_to_all", given, output)
 
     # The names of torch 2.13.

@@ -22,6 +22,7 @@ ZB_V = (
     *("parallel.pp=2", "parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.post_validation=true"),
     "model.num_hidden_layers=4",
 )
+MUON = ("deepspeed=zero1_bf16.json", "optimizer.name=muon")
 GLOO = {BACKEND: "gloo"}  # ranks that share a device
 # Ranks, overrides, and what a step calls beside `FLASH`.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
@@ -29,10 +30,13 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "zero2": (1, ("deepspeed=zero2_bf16.json",), set()),
     "zero3": (1, ("deepspeed=zero3_bf16.json",), {"all_gather"}),
     "float8": (1, ("deepspeed=zero1_bf16.json", *FP8), {"_scaled_mm"}),
-    "pipeline": (2, ("parallel.pp=2", "parallel.schedule=zb_h1", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
+    "pipeline": (
+        *(2, ("parallel.pp=2", "parallel.schedule=zb_h1", "parallel.joint_weight_gradients=2", *MUON)),
+        {"send", "receive"},
+    ),
     "tensor parallel": (
-        *(2, ("parallel.tp=2", "parallel.sequence_parallel=true", "deepspeed=zero1_bf16.json")),
-        {"all_gather", "reduce_scatter"},
+        *(2, ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_chunks=2", *MUON)),
+        {"all_gather", "reduce_scatter", "all_to_all"},
     ),
     "ring": (2, ("parallel.cp=2", "parallel.cp_method=ring", "deepspeed=zero1_bf16.json"), {"send", "receive"}),
     "pipeline on one device": (2, (*ZB_V, "deepspeed=zero1_bf16.json"), {"send", "receive"}),
