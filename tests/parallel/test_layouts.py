@@ -69,6 +69,7 @@ H1 = {"schedule": "zb_h1"}
 INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
 V = {"schedule": "dualpipe_v", "virtual_stages": 2}
 ZB_V = {"schedule": "zb_v", "virtual_stages": 2}
+PAIRS = ZB_V | {"joint_weight_gradients": 2}
 STOCK = {"schedule": "deepspeed"}
 SCHEDULES = [
     *(Case(2, 1, dp, **how) for dp in (1, 2) for how in (H1, INTERLEAVED, V)),
@@ -83,7 +84,7 @@ SCHEDULES = [
 SCHEDULES_AND_OPTIONS = [
     Case(4, 1, 2, extra_warmup=1, **H1),
     Case(4, 2, 1, sequence_parallel=True, tp_chunks=4, **H1),
-    Case(2, 2, 1, joint_weight_gradients=2, sequence_parallel=True, tied=True, **ZB_V),
+    Case(2, 2, 1, micro_batch=2, sequence_parallel=True, tp_chunks=4, muon="moonlight", **PAIRS),
     Case(2, 1, 1, layers=6, schedule="interleaved", virtual_stages=3, recompute="full"),
     Case(2, 1, 1, tied=True, document_mask=True, **H1),
     Case(2, 1, 2, tied=True, dtype="bf16", **H1),
@@ -166,6 +167,7 @@ DELAYED = [
     Case(2, 2, 1, micro_batch=2, tp_chunks=2, fp8_weight_gradients=True, joint_weight_gradients=2, **H1),
     Case(2, 1, 1, dtype="bf16", micro_batch=2, **V),
     Case(2, 1, 1, micro_batch=4, **STOCK),
+    Case(2, 2, 1, micro_batch=2, sequence_parallel=True, tp_chunks=2, fp8_weight_gradients=True, **PAIRS),
 ]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. On one rank
@@ -179,7 +181,9 @@ CASES += [Case(micro_batch=8, zero=zero, document_mask=True, recompute=recompute
     (0, "full", RING), (1, "none", RING | {"cp": 4}), (1, "selective", {"cp": 4, "cp_method": "hierarchical"}),
 )]  # fmt: skip
 CASES += drawn_layouts(4, 1)
-CASES += [Case(1, 2, 1, micro_batch=4, sequence_parallel=True, document_mask=True, steps=3, **RING)]
+CASES += [
+    Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, tp_chunks=4, document_mask=True, steps=3, **RING)
+]
 CASES += [Case(1, 1, 2, micro_batch=4, zero=1, document_mask=True, steps=3, **RING)]
 CASES += [replace(case, steps=3, neighbour=True) for case in NEIGHBOURS]
 CASES += [replace(case, steps=3, vocab=97) for case in ODD_VOCABULARY]
