@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,12 +61,13 @@ def with_partition(run: RunConfig) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, partition=counts))
 
 
-def filled(layout: Layout) -> Layout:
+def filled(run: RunConfig, layout: Layout) -> Layout:
     """Return the layout with just enough micro-batches to fill its pipeline; more do not need more memory."""
-    enough = 3 * layout.pp
-    if layout.accumulation <= enough + layout.pp:
+    period = math.lcm(layout.pp, run.parallel.joint_weight_gradients)
+    enough = 3 * period
+    if layout.accumulation <= enough + period:
         return layout
-    return replace(layout, accumulation=enough + layout.accumulation % layout.pp)
+    return replace(layout, accumulation=enough + layout.accumulation % period)
 
 
 def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StagePolicies, ...], tuple[Memory, ...]]:
@@ -74,7 +76,7 @@ def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StageP
     Raises:
         UserError: Even full recompute exceeds the recompute budget.
     """
-    enough = filled(layout)
+    enough = filled(run, layout)
     policies = tuple(stage_policies(run, enough, gpu.element_bytes))
     return policies, tuple(run_memory(run, enough, policies, gpu.memory_bytes, gpu.element_bytes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,11 @@ class StepJob:
             return 1.0
         return split_share(self.schedule, self.pp, self.micro_batches, self.chunks, self.extra_warmup)
 
+    @property
+    def period(self) -> int:
+        """Number of micro-batches after which the passes of a full pipeline repeat."""
+        return math.lcm(self.pp, self.joint)
+
     def plan(self, micro_batches: int) -> Schedule:
         """Return the schedule of the job for this number of micro-batches."""
         sizes = self.pp, micro_batches, self.chunks, self.extra_warmup
@@ -152,7 +158,7 @@ class StepJob:
         """Return the share of a stage's micro-batches whose weight gradients are products for `joint` of them."""
         if self.joint == 1:
             return 0.0
-        plan = self.plan(min(self.micro_batches, 4 * self.pp + self.micro_batches % self.pp))
+        plan = self.plan(min(self.micro_batches, 4 * self.period + self.micro_batches % self.period))
         rank, chunk = plan.placement.home(stage)
         return joint_share(plan.computations(rank), chunk, self.joint)
 

@@ -262,7 +262,7 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
     except UserError as error:
         _reject(rejected, "refused by the trainer's rules: " + _class_of(str(error)), f"{words}: {error}")
         return None
-    held = rank_memory(run, filled(layout), gpu.element_bytes)
+    held = rank_memory(run, filled(run, layout), gpu.element_bytes)
     states = max(rank.fixed for rank in held) if run.zero_stage == 1 else 0
     if states > USABLE * gpu.memory_bytes:
         _reject(

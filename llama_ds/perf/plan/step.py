@@ -157,16 +157,18 @@ def stage_message(gpu: Hardware, job: StepJob) -> tuple[float, float]:
 def run_schedule(job: StepJob, costs: tuple[StageCost, ...], transfer: float, wait: float) -> tuple[float, float]:
     """Return (length, bubble) of the schedule; with `post_validation` the length is the time from step to step.
 
-    In the steady state every p micro-batches take the same time, so long steps are simulated with fewer micro-batches
-    and extrapolated. Orders that are computed are not quite periodic, so that several p of them are averaged.
+    In the steady state every period of micro-batches takes the same time, so long steps are simulated with fewer
+    micro-batches and extrapolated. Orders that are computed are not quite periodic, so that several periods of them are
+    averaged.
     """
-    short, longer = (3 * job.pp, 4 * job.pp)
+    period = job.period
+    short, longer = 3 * period, 4 * period
     if job.schedule in IN_A_V:
-        short, longer = (8 if job.schedule == "dualpipe_v" else 4) * job.pp, 9 * job.pp
-    if job.micro_batches <= longer + job.pp:
+        short, longer = (8 if job.schedule == "dualpipe_v" else 4) * period, 9 * period
+    if job.micro_batches <= longer + period:
         length = _length(job, job.micro_batches, costs, transfer, wait)
         return length, _bubble(job, costs, length)
-    rest = job.micro_batches % job.pp
+    rest = job.micro_batches % period
     first = _length(job, short + rest, costs, transfer, wait)
     second = _length(job, longer + rest, costs, transfer, wait)
     length = second + (second - first) * (job.micro_batches - longer - rest) / (longer - short)
