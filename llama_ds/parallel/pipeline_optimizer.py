@@ -99,6 +99,15 @@ class PipelineOptimizer(BF16_Optimizer):
         super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
         self.gradient_added(lp_param)
 
+    @torch.no_grad()
+    def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        """Add a gradient to its buffer. DeepSpeed would copy it to fp32 first, and the embedding's is large."""
+        assert lp.grad is not None and not clear_lp_grads
+        buffer = self.fp32_groups_gradients[group_idx][param_idx]
+        buffer.add_(lp.grad.view(buffer.shape))
+        lp._hp_grad = buffer
+        self.fp32_groups_has_gradients[group_idx][param_idx] = True
+
     def hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leave the buckets of `parameters` to `reduce_rest`, because they are reduced over stages first."""
         for p in parameters:
