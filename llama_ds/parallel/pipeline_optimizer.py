@@ -105,7 +105,7 @@ class PipelineOptimizer(BF16_Optimizer):
         assert lp.grad is not None and not clear_lp_grads
         buffer = self.fp32_groups_gradients[group_idx][param_idx]
         buffer.add_(lp.grad.view(buffer.shape))
-        lp._hp_grad = buffer
+        lp._hp_grad = buffer  # type: ignore[attr-defined]
         self.fp32_groups_has_gradients[group_idx][param_idx] = True
 
     def hold_back(self, parameters: Iterable[nn.Parameter]) -> None:

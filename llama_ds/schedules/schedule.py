@@ -11,7 +11,7 @@ from llama_ds.errors import listed
 from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble_h1
 from llama_ds.schedules.communication import with_messages
 from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
-from llama_ds.schedules.joint_weights import together
+from llama_ds.schedules.joint_weights import joint_share, together
 from llama_ds.schedules.pass_times import EQUAL_PASSES, PassTimes, numbers_obstacle
 from llama_ds.schedules.v_orders import most_held
 from llama_ds.schedules.zero_bubble_v import V_SCHEDULES, ZeroBubbleV
@@ -152,6 +152,15 @@ def split_share(name: str, ranks: int, micro_batches: int, chunks: int, extra_wa
         last = count(longer + rest)
         found = last + (last - count(short + rest)) * (micro_batches - longer - rest) / ranks
     return found / (micro_batches * ranks * chunks)
+
+
+@lru_cache(maxsize=1000)
+def joint_shares(schedule: Schedule) -> list[list[float]]:
+    """Return by rank and chunk the share of micro-batches whose weight gradients are computed `joint` at a time."""
+    return [
+        [joint_share(steps, chunk, schedule.joint) for chunk in range(schedule.chunks)]
+        for steps in map(schedule.computations, range(schedule.ranks))
+    ]
 
 
 def last_use(computations: list[Instruction]) -> list[Instruction]:

@@ -21,8 +21,7 @@ from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
-from llama_ds.schedules.joint_weights import joint_share
-from llama_ds.schedules.schedule import Schedule, split_share
+from llama_ds.schedules.schedule import Schedule, joint_shares, split_share
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
 OP = "op"  # torchtitan's policy for published runs: attention and every second product are saved
@@ -160,7 +159,7 @@ class StepJob:
             return 0.0
         plan = self.plan(min(self.micro_batches, 4 * self.period + self.micro_batches % self.period))
         rank, chunk = plan.placement.home(stage)
-        return joint_share(plan.computations(rank), chunk, self.joint)
+        return joint_shares(plan)[rank][chunk]
 
 
 def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> StepJob:

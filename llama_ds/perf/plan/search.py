@@ -2,7 +2,8 @@
 
 The trainer's own rules (`config`) decide which layouts are legal, its own memory model (`layout`) which ones fit. The
 lower bound of a layout is the busiest rank's work with its pipeline fill and drain; layouts with a bound above the best
-result are not simulated.
+result are not simulated. Of what does not change a layout's ranks, the search chooses the chunks of tensor-parallel
+collectives, and single or joint weight gradients where they are deferred.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.step import step_time
 from llama_ds.perf.plan.tensor_chunks import with_chunks
+from llama_ds.schedules.schedule import DEFERRING
 
 MAX_MICRO_BATCH = 16
 MIN_SHARED_TOKENS = 2048  # minimum share of a row on a context-parallel rank; smaller ones cost more messages
+PAIR = 2  # micro-batches whose deferred weight gradients are one product
 _VIRTUAL = (2, 3, 4, 5, 6, 8, 10)
 _SCHEDULES = (
     *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0))),
@@ -104,7 +107,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
     for candidate in candidates:
         if candidate.bound >= worst:
             break
-        result = _simulate(candidate, gpu, found)
+        result = _simulate(candidate, world, gpu, found)
         found.best = sorted([*found.best, result], key=lambda e: e.step.seconds)[:top]
         if len(found.best) == top:
             worst = found.best[-1].step.seconds
@@ -114,7 +117,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
             if known and candidate.bound >= known.step.seconds:
                 break
             if belongs(candidate.run.parallel, gpu):
-                _simulate(candidate, gpu, found)
+                _simulate(candidate, world, gpu, found)
     return found
 
 
@@ -285,7 +288,17 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
         )
         return None
     run, job = with_chunks(gpu, run, job_of(run, layout, policies, gpu.dtype))
-    return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
+    return _Candidate(run, layout, policies, memory, job, _bound(gpu, job))
+
+
+def _bound(gpu: Hardware, job: StepJob) -> float:
+    """Return a lower bound of the step time, with weight gradients one by one and in pairs if they are deferred."""
+    bound = lower_bound(gpu, job)
+    return min(bound, lower_bound(gpu, replace(job, joint=PAIR))) if _tries_pairs(job) else bound
+
+
+def _tries_pairs(job: StepJob) -> bool:
+    return job.pp > 1 and job.schedule in DEFERRING and job.joint == 1
 
 
 def _lacks_matrices(memory: tuple[Memory, ...], gpu: Hardware) -> bool:
@@ -298,18 +311,27 @@ def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]
     return tuple(decoder_layers(boundaries(model, seq_len, stages, None)))
 
 
-def _simulate(candidate: _Candidate, gpu: Hardware, found: SearchResult) -> Estimate:
-    """Return the candidate's estimate, and record it in `found`."""
-    step = step_time(gpu, candidate.job)
-    result = Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)
+def _simulate(candidate: _Candidate, world: int, gpu: Hardware, found: SearchResult) -> Estimate:
+    """Return the candidate's estimate, and record it in `found`. Pairs of weight gradients are used where faster."""
+    tried = [candidate]
+    if _tries_pairs(candidate.job):
+        parallel = replace(candidate.run.parallel, joint_weight_gradients=PAIR)
+        pairs = _candidate(replace(candidate.run, parallel=parallel), world, gpu, {})
+        tried += [pairs] if pairs else []
+    result = min((_estimate(one, gpu) for one in tried), key=lambda one: one.step.seconds)
     found.simulated += 1
-    schedule = candidate.run.parallel.schedule if candidate.layout.pp > 1 else "no pipeline"
+    schedule = result.run.parallel.schedule if candidate.layout.pp > 1 else "no pipeline"
     found.points.append((schedule, candidate.layout.pp, result.peak_bytes / GIB, result.step.tokens_per_second))
     for kind, belongs in KINDS.items():
         known = found.of_kind.get(kind)
         if belongs(candidate.run.parallel, gpu) and (known is None or result.step.seconds < known.step.seconds):
             found.of_kind[kind] = result
     return result
+
+
+def _estimate(candidate: _Candidate, gpu: Hardware) -> Estimate:
+    step = step_time(gpu, candidate.job)
+    return Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)
 
 
 def _reject(rejected: dict[str, Rejected], why: str, example: str) -> None:

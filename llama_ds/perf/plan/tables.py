@@ -117,8 +117,9 @@ def _schedule(item: Estimate) -> str:
     parallel = item.run.parallel
     if parallel.pp == 1:
         return "-"
-    chunks = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
-    return parallel.schedule + chunks + (f" +{parallel.extra_warmup}" if parallel.extra_warmup else "")
+    words = f"{parallel.schedule} x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else parallel.schedule
+    words += f" +{parallel.extra_warmup}" if parallel.extra_warmup else ""
+    return words + (f" joint {parallel.joint_weight_gradients}" if parallel.joint_weight_gradients > 1 else "")
 
 
 def _shared(item: Estimate) -> str:
