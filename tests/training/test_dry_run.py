@@ -199,6 +199,7 @@ def test_65b_on_2048_ranks() -> None:
     layout = resolve_layout(run, 2048)
     planned = run_memory(run, layout, stage_policies(run, layout, 2), device_bytes=0)
     for rank in found["ranks"]:
-        assert rank["memory_total"] == pytest.approx(planned[rank["pp_rank"]].total, rel=0.03)
+        # Of so few layers, the temporaries of one are a large part, and the plan counts more than it has.
+        assert 0.95 < rank["memory_total"] / planned[rank["pp_rank"]].total < 1.01
         assert rank["micro_batches"] == (8 if rank["pp_rank"] in (0, 7) else 0)
     assert max(rank["host_bytes"] for rank in found["ranks"]) < 1e9  # for each of two concurrent processes
