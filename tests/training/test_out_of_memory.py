@@ -83,6 +83,7 @@ def test_pieces_that_are_too_small_want_another_allocator_setting(monkeypatch: p
     ("overrides", "missing_gib", "setting"),
     [
         (["parallel.sequence_parallel=false"], 1, "parallel.sequence_parallel=true"),
+        (["parallel.joint_weight_gradients=4"], 1, "parallel.joint_weight_gradients=1"),
         ([], 1, "parallel.recompute=selective"),
         ([], 10, "parallel.recompute=full"),
         (["parallel.recompute=full"], 1, "parallel.micro_batch=2"),
