@@ -18,7 +18,6 @@ from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.rank_memory import rank_memory
-from llama_ds.layout.recompute import stage_policies
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.communication import RankGroup, all_reduce, contention, exposed_by_chunks, half, message
 from llama_ds.perf.plan.compute import gemm
@@ -31,7 +30,7 @@ from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.rank_spread import expected_maximum, slowdown
 from llama_ds.perf.plan.relief import check_matrices
 from llama_ds.perf.plan.search import search
-from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_costs, stage_message, stage_times
+from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_times
 from llama_ds.perf.plan.tensor_chunks import best_chunks, with_chunks
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, simulate
@@ -229,33 +228,6 @@ def test_chunks_are_planned_where_they_pay() -> None:
     for before, after in ((whole.forward, chunks.forward), (whole.input_backward, chunks.input_backward)):
         assert after.tensor < before.tensor and after.matrices > before.matrices
         assert after.device < before.device < after.device + before.tensor
-
-
-def test_weight_gradients_in_pairs_are_counted() -> None:
-    """65B at tp 2: a pair adds once to its buffers and copies factors. At tp 8 most copies would cost more."""
-    v = ("parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.pp=8", "parallel.tp=2")
-    single, pairs = (planned(*v, f"parallel.joint_weight_gradients={joint}") for joint in (1, 2))
-    alone, shared = (layer_time(A100, found.step.job, "none", 1.0).weight_backward for found in (single, pairs))
-    assert 0.6 < shared.pointwise / alone.pointwise < 0.8
-    assert shared.matrices <= alone.matrices
-    narrow = planned("parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.joint_weight_gradients=2")
-    alone, shared = (layer_time(A100, narrow.step.job, "none", share).weight_backward for share in (0.0, 1.0))
-    assert 0.8 < shared.pointwise / alone.pointwise < 1
-    held = [sum(rank.activations for rank in found.memory) for found in (single, pairs)]
-    assert held[1] > held[0]
-
-
-def test_many_joint_weight_gradients_are_planned_as_in_a_whole_step() -> None:
-    """The planner shortens a step of 96 micro-batches, of which 16 or 3 are computed together."""
-    for joint, pp in ((16, 2), (3, 4)):
-        layout = f"parallel={{pp: {pp}, micro_batch: 1, schedule: zb_h1, joint_weight_gradients: {joint}}}"
-        found = planned(layout, "training.global_batch=192", size="7b", gpus=2 * pp)
-        whole = stage_policies(found.run, found.layout, 2)
-        assert [rank.activations for rank in found.memory] == [stage.saved_bytes for stage in whole]
-        job = found.step.job
-        assert {job.joint_share(stage) for stage in range(pp)} == {1.0}
-        costs, message = tuple(stage_costs(A100, job)), stage_message(A100, job)
-        assert found.step.pipeline == pytest.approx(simulate(job.plan(96), costs, *message).length)
 
 
 def test_updates_before_their_norm_hold_states_twice_and_say_so() -> None:
