@@ -13,9 +13,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_ds import log, shipped
 from llama_ds.errors import UserError
@@ -24,6 +24,7 @@ CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a proc
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 MANY = 10**12  # largest count of anything
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     """Add the options --json and --out of a benchmark."""
     add_json(parser)
     parser.add_argument("--out", dest="results_file", metavar="FILE", help="write the results as JSON to FILE too")
+
+
+def from_options(kind: type[Settings], args: argparse.Namespace) -> Settings:
+    """Return a dataclass of this kind with the values of the options that are named like its fields."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def whole(least: int = 1, most: int = MANY) -> Callable[[str], int]:

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,18 @@ if __name__ == "__main__":
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_results, delay, new_parser, processes, run, size, subcommands, whole
+from llama_ds.command_line import (
+    Answer,
+    add_results,
+    delay,
+    from_options,
+    new_parser,
+    processes,
+    run,
+    size,
+    subcommands,
+    whole,
+)
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import RunConfig
@@ -261,7 +272,7 @@ def evaluation(args: argparse.Namespace) -> Answer:
     """Measure the evaluation of an exported model."""
     from llama_ds.benchmarks.evaluation_speed import SpeedSettings, measure, table
 
-    settings = SpeedSettings(**{field.name: getattr(args, field.name) for field in fields(SpeedSettings)})
+    settings = from_options(SpeedSettings, args)
     results = measure(args.folder, settings)
     return Answer(results, table(results))
 
@@ -271,7 +282,7 @@ def context(args: argparse.Namespace) -> Answer:
     from llama_ds.benchmarks.context.request import ContextRequest
     from llama_ds.benchmarks.context.run import measure, table
 
-    request = ContextRequest(**{field.name: getattr(args, field.name) for field in fields(ContextRequest)})
+    request = from_options(ContextRequest, args)
     request.check()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(request, Path(folder))
@@ -282,7 +293,7 @@ def tensor(args: argparse.Namespace) -> Answer:
     """Measure exposed tensor-parallel communication."""
     from llama_ds.benchmarks.tensor.run import TensorRequest, measure, table
 
-    request = TensorRequest(**{field.name: getattr(args, field.name) for field in fields(TensorRequest)})
+    request = from_options(TensorRequest, args)
     request.check()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(request, Path(folder))
@@ -294,7 +305,7 @@ def flips(args: argparse.Namespace) -> Answer:
     from llama_ds.benchmarks.flips.request import FlipRequest
     from llama_ds.benchmarks.flips.run import measure, read, table, together
 
-    request = FlipRequest(**{field.name: getattr(args, field.name) for field in fields(FlipRequest)})
+    request = from_options(FlipRequest, args)
     earlier = read(args.add, request) if args.add else None
     with tempfile.TemporaryDirectory() as folder:
         results = measure(request, Path(folder))

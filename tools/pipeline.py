@@ -11,7 +11,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -26,7 +25,7 @@ from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.benchmarks.pipeline.report import report
 from llama_ds.benchmarks.pipeline.run import run_contest
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_results, delay, new_parser, run, size, whole
+from llama_ds.command_line import Answer, add_results, delay, from_options, new_parser, run, size, whole
 from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import read
 
@@ -78,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 def race(args: argparse.Namespace) -> Answer:
     """Run the ranks; return their measurements."""
-    contest = Contest(**{field.name: getattr(args, field.name) for field in fields(Contest)})
+    contest = from_options(Contest, args)
     for schedule in contest.schedules:
         contest.contestant(schedule)  # raises errors before any rank starts
     with tempfile.TemporaryDirectory() as name:
