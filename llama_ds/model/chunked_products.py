@@ -23,16 +23,31 @@ PassOn = Callable[[int], None]  # receives the number of the chunk
 Multiply = Callable[[Tensor, Tensor | None], Tensor]  # (N, I) -> (N, O), written to the second argument if given
 
 
-class Gathering:
-    """The gather of this rank's tokens (M, D) to those of all ranks (N, D), issued and awaited by chunks."""
+class _Travelling:
+    """Chunks whose collectives are issued one by one, and awaited in the same order."""
 
     def __init__(self, tp: TensorParallel, tokens: int, count: int) -> None:
         """`tokens` is M, and `count` the number of chunks: 1 or `tp.chunks_of(tokens)`."""
         self.count = count
         self._tp, self._tokens = tp, tokens
-        self._whole: Tensor | None = None
+        self._whole: Tensor | None = None  # the tensor of which chunks are slices
         self._pending: list[Pending] = []
-        self._chunks: list[Tensor] = []
+        self._arrived: list[Tensor] = []
+
+    def chunk(self, i: int) -> Tensor:
+        """Wait for chunk i, after those before it: (N / count, D) of a gather, (M / count, D) of a sum."""
+        if i == len(self._arrived):
+            self._arrived.append(self._pending[i]())
+        return self._arrived[i]
+
+    def whole(self) -> Tensor:
+        """Wait for all chunks: (N, D) of a gather, (M, D) of a sum."""
+        chunks = [self.chunk(i) for i in range(self.count)]
+        return joined(chunks) if self._whole is None else self._whole
+
+
+class Gathering(_Travelling):
+    """The gather of this rank's tokens (M, D) to those of all ranks (N, D)."""
 
     def issue(self, x: Tensor) -> None:
         """Issue the gather of the next chunk: (M / count, D)."""
@@ -47,31 +62,16 @@ class Gathering:
         """The number of chunks whose gathers are issued."""
         return len(self._pending)
 
-    def chunk(self, i: int) -> Tensor:
-        """Wait for chunk i, after those before it: (N / count, D)."""
-        if i == len(self._chunks):
-            self._chunks.append(self._pending[i]())
-        return self._chunks[i]
 
-    def whole(self) -> Tensor:
-        """Wait for all chunks: (N, D)."""
-        chunks = [self.chunk(i) for i in range(self.count)]
-        return joined(chunks) if self._whole is None else self._whole
-
-
-class Reduction:
-    """The sum over ranks of a product's partial outputs, to this rank's tokens, issued and awaited by chunks."""
+class Reduction(_Travelling):
+    """The sum over ranks of a product's partial outputs, to this rank's tokens (M, D)."""
 
     def __init__(self, tp: TensorParallel, x: Tensor, multiply: Multiply, width: int, count: int) -> None:
         """Multiply x (N, I) to partial outputs of this width, D, by chunks."""
-        self.count = count
-        self._tp, self._multiply = tp, multiply
-        self._tokens = len(x) // tp.size if tp.sequence_parallel else len(x)
-        self._inputs = list(cut(x, count))
-        self._pending: list[Pending] = []
-        self._sums: list[Tensor] = []
-        # Without sequence parallelism the partial outputs become the sums.
-        self._whole = x.new_empty(self._tokens, width) if count > 1 else None
+        super().__init__(tp, len(x) // tp.size if tp.sequence_parallel else len(x), count)
+        self._multiply, self._inputs = multiply, list(cut(x, count))
+        if count > 1:  # without sequence parallelism the partial outputs become the sums
+            self._whole = x.new_empty(self._tokens, width)
 
     def issue(self) -> None:
         """Multiply the next chunk and issue its sum."""
@@ -88,17 +88,6 @@ class Reduction:
                 pass_on(passed)
                 passed += 1
             self.issue()
-
-    def chunk(self, i: int) -> Tensor:
-        """Wait for chunk i, after those before it: (M / count, D)."""
-        if i == len(self._sums):
-            self._sums.append(self._pending[i]())
-        return self._sums[i]
-
-    def whole(self) -> Tensor:
-        """Wait for all chunks: (M, D)."""
-        chunks = [self.chunk(i) for i in range(self.count)]
-        return chunks[0] if self._whole is None else self._whole
 
 
 def multiply_gathered(

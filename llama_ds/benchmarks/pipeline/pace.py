@@ -24,8 +24,7 @@ class Pace:
         self._waits: list[tuple[float, float]] = []  # begin and length of waits within the pass, microseconds
         self._add = trace.add
         self._trace = trace
-        for name in ("now", "mark", "add"):
-            setattr(trace, name, self._now if name != "add" else self._paced)
+        vars(trace).update(now=self._now, mark=self._now, add=self._paced)
 
     def _now(self) -> float:
         return time.monotonic_ns() / 1e3
