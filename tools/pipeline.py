@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=whole(), default=7, help="timed steps per schedule (default: %(default)s)")
     parser.add_argument("--steps", type=whole(), default=1, help="steps of a turn, between barriers (default: 1)")
     words = "milliseconds of a rank's forward, input and weight backward of a micro-batch; ranks sleep the rest"
-    parser.add_argument("--pace", nargs=3, type=delay, metavar=("F", "B", "W"), help=words)
+    parser.add_argument("--pace", nargs="+", type=delay, metavar="MS", help=words)
     words = "parallel.pass_times of zb_v, v_half and v_min, as tools/profile_run.py analyse prints them"
     parser.add_argument("--pass-times", nargs="+", type=whole(0), metavar="N", help=words)
     add_results(parser)

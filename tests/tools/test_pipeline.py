@@ -65,6 +65,7 @@ def one(rank: RankRecord, what: str, micro_batch: int) -> Event:
             "5 micro-batches are fewer than 2 * pp = 6",
         ),
         (["--schedules", "zb_v+2:late"], "'zb_v+2:late' is not a schedule's name, +N for extra_warmup and :early"),
+        (["--pace", "5", "3"], "--pace: 2 numbers; give 3, of forward, input and weight backward"),
         (["--pp", "7"], "parallel.pp = 7 is more than model.num_hidden_layers = 6"),
     ],
 )

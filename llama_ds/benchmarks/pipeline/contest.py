@@ -49,6 +49,8 @@ class Contest:
         Raises:
             UserError: there is no such schedule, or it does not support these sizes.
         """
+        if self.pace and len(self.pace) != 3:
+            raise UserError(f"--pace: {len(self.pace)} numbers; give 3, of forward, input and weight backward, in ms")
         run = load_run(self.run_file, self.overrides)
         plain, _, early = schedule.partition(":")
         name, _, extra = plain.partition("+")

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from llama_ds.layout.layout import Layout
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import LayerContext
-from llama_ds.model.linear import ShardedLinear
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.products import PlainProducts, Stateless
 from llama_ds.model.rope import RotaryTables
@@ -39,13 +39,13 @@ class PacedProducts(Stateless):
     def __init__(self, gflops: float) -> None:
         self._rate = gflops * 1e9
 
-    def outputs(self, x: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+    def outputs(self, x: Tensor, layers: Sequence[Any], out: Tensor | None = None) -> Tensor:
         return self._product(x, sum(len(layer.weight) for layer in layers), out)
 
-    def input_gradients(self, grad: Tensor, layers: Sequence[ShardedLinear], out: Tensor | None = None) -> Tensor:
+    def input_gradients(self, grad: Tensor, layers: Sequence[Any], out: Tensor | None = None) -> Tensor:
         return self._product(grad, layers[0].weight.shape[1], out)
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:  # type: ignore[override]
+    def weight_gradient(self, grad: Tensor, x: Tensor, layers: Sequence[Any]) -> Tensor:  # type: ignore[override]
         return self._product(grad.t(), x.shape[1], None)
 
     def _product(self, x: Tensor, width: int, out: Tensor | None) -> Tensor:
