@@ -96,10 +96,19 @@ class Job:
         return any(folder.glob("attempt_*/step_*"))
 
     def wait_for_attempt(self, number: int) -> None:
-        """Wait until all ranks of an attempt have joined and completed a step."""
+        """Wait until all ranks of an attempt have joined and completed a step, and the supervisor knows it.
+
+        After an attempt of which it does not know that it trained, the next one starts new processes.
+        """
         self.wait_for(lambda: len(self.named("ranks joined")) >= number)
         self.wait_for(lambda: self.has_begun(number))
         self.wait_for(lambda: "| loss " in self._log(number))
+        self.wait_for(lambda: self._known_to_train(number))
+
+    def _known_to_train(self, attempt: int) -> bool:
+        names = [event["event"] for event in self.events]
+        starts = [place for place, name in enumerate(names) if name == "attempt started"]
+        return "progress" in names[starts[attempt - 1] :]
 
     def has_begun(self, attempt: int) -> bool:
         """Return whether an attempt has found the step that it starts from."""
