@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
+from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.layout.layout import resolve_layout
 
 REPO = Path(__file__).resolve().parent.parent
@@ -123,12 +125,76 @@ def test_steps_are_named_once_and_come_after_what_they_need(gpu: ModuleType, tmp
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     for index, step in enumerate(steps):
-        assert not step.after or step.after in names[:index]
+        assert set(step.after.split()) <= set(names[:index])
         words = [
             word for word in step.command if word.endswith((".py", ".yaml")) and not word.startswith(str(tmp_path))
         ]
         assert all((REPO / word).exists() for word in words)
         check_options(list(step.command))
+
+
+def test_a_rehearsal_has_the_same_steps_with_legal_commands(gpu: ModuleType, tmp_path: Path) -> None:
+    """Its run file is made of the one that a GPU trains, and measurements of the machine have one rank."""
+    shards = tmp_path / "data" / "shards" / "text"
+    shards.mkdir(parents=True)
+    (shards / "manifest.json").touch()
+    place = gpu.Place("python", tmp_path, tmp_path / "data", True)
+    gpu.prepare(place)
+    assert parse_hostfile(str(tmp_path / gpu.ONE_RANK)) == {"localhost": 1}
+    small, real = gpu.steps(*place), gpu.steps(*place._replace(rehearsal=False))
+    for mine, other in zip(small, real, strict=True):
+        assert mine._replace(command=()) == other._replace(command=())
+        check_options(list(mine.command))
+        for step in (mine, other):
+            assert "machine" not in step.group or step.command[step.command.index("--hostfile") + 1].endswith(
+                gpu.ONE_RANK
+            )
+    assert load_run(place.run_file).model.hidden_size == gpu.REHEARSED["hidden_size"]
+
+
+def test_results_travel_without_what_is_large_and_make_needed_steps_run_again(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On another machine a step whose product did not come along runs again, if one that has not run needs it."""
+    here, there, ran = tmp_path / "here", tmp_path / "there", tmp_path / "ran"
+
+    def steps(out: Path, then: str) -> list[object]:
+        made = (
+            f"echo $0 >> {ran}; mkdir -p {out}/runs/$0/big; echo '{{}}' > {out}/runs/$0/metrics.jsonl; touch {out}/$0"
+        )
+        return [
+            gpu.Step(name, "stub", 60.0, ("sh", "-c", f"{made}; {end}", name), after, product)
+            for name, after, product, end in (
+                *(("first", "", "first", "true"), ("second", "first", "second", "true")),
+                *(("other", "", "other", "true"), ("last", "second", "", then)),
+            )
+        ]
+
+    here.mkdir(), there.mkdir()
+    assert not gpu.run_steps(steps(here, "false"), here, 300.0)
+    assert "last                   exit code   1" in (here / "summary.txt").read_text()
+    with tarfile.open(here / "results.tar.gz") as tar:
+        assert not {name for name in tar.getnames() if "big" in name} and "runs/last/metrics.jsonl" in tar.getnames()
+        tar.extractall(there, filter="data")
+    for path in there.glob("*.json"):  # the commands name the folder
+        path.write_text(path.read_text().replace(str(here), str(there)).replace("false", "true"))
+    ran.write_text("")
+    assert gpu.run_steps(steps(there, "true"), there, 300.0)
+    assert ran.read_text().split() == ["second", "last"], "first and other are done, and nobody needs them"
+    capsys.readouterr()
+
+
+def test_a_loss_is_compared_with_that_on_the_cpu(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, evaluate = tmp_path / "run", tmp_path / "python"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 60, "loss": 9.0}\n{"step": 60, "val_loss": 5.5}\n')
+    for loss, code in ((5.501, 0), (5.53, 1)):
+        evaluate.write_text(f'#!/bin/sh\ntest -z "$CUDA_VISIBLE_DEVICES" && echo \'{{"loss": {loss}, "step": 60}}\'\n')
+        evaluate.chmod(0o755)
+        assert gpu.main(["reference", str(evaluate), str(run), str(tmp_path / "hf")]) == code
+        assert f"validation loss in step 60: 5.50000 in training, {loss:.5f} on the CPU" in capsys.readouterr().out
 
 
 def test_all_steps_are_known_where_there_is_time_for_none(
