@@ -33,6 +33,7 @@ FLASH_MODULES = ("flash_attn", FLASH_4)  # the 2.x interface and that of 4.x; bo
 # Minimum compute capability of version 4. On an A100 (8.0) only its forward runs (4.0.0b36). From Hopper on it comes
 # before version 2, whose kernels are written for Ampere.
 _FLASH_4_CAPABILITY = (9, 0)
+_FLASH_4_SMALLER = (10, 11)  # capabilities whose kernels lack heads of 136 to 248 (its `_validate_head_dims`)
 
 
 class Documents:
@@ -156,7 +157,13 @@ def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     if importlib.util.find_spec("flash_attn") is None:
         return "the package is not installed (pip install flash-attn)"
     capability = torch.cuda.get_device_capability()
-    if flash_module().__name__ == FLASH_4 and capability < _FLASH_4_CAPABILITY:
+    try:
+        version_4 = flash_module().__name__ == FLASH_4
+    except UserError as error:
+        return str(error)
+    if version_4 and capability[0] in _FLASH_4_SMALLER and head_dim > 128 and head_dim != 256:
+        return f"version 4 takes head_dim up to 128 and 256 on compute capability {_dotted(capability)}, not {head_dim}"
+    if version_4 and capability < _FLASH_4_CAPABILITY:
         return f"version 4 has no backward for compute capability {_dotted(capability)} (pip install 'flash-attn<3')"
     return ""
 
@@ -208,8 +215,7 @@ def flash_module() -> Any:
             if hasattr(module, "flash_attn_func"):  # with only 4.x installed, `flash_attn` is an empty namespace
                 return module
     raise UserError(
-        f"compute.attention_backend = flash_attn: neither {' nor '.join(FLASH_MODULES)} can be imported; "
-        "reinstall flash-attn for this torch and CUDA, or use sdpa"
+        f"neither {' nor '.join(FLASH_MODULES)} can be imported (reinstall flash-attn for this torch and CUDA)"
     )
 
 

@@ -14,6 +14,7 @@ from llama_ds.model import attention
 from llama_ds.model.attention import CausalAttention, Documents, choose_backend
 from llama_ds.model.attention_kernels import AttentionKernel, BlockedAttention, attention_kernel
 from llama_ds.model.embedding import document_starts
+from tests.cuda_backends import CUDA_BACKENDS
 
 
 def inputs(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,7 +88,7 @@ def test_blocks_of_bfloat16_round_only_what_goes_in_and_out(masked: bool) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("backend", ["flash_attn", "sdpa"])
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
 def test_cuda_backends_are_the_reference(backend: str, masked: bool) -> None:
     """bf16 keeps 8 bits: outputs of size 1 to 2e-2."""
     wanted = output_and_gradients("reference", "cpu", torch.float32, masked)
@@ -135,3 +136,34 @@ def test_version_4_alone_is_not_given_a_gpu_that_it_has_no_backward_for(
     if chosen == "sdpa":
         with pytest.raises(UserError, match=r"version 4 has no backward for compute capability 8\.0"):
             choose_backend("flash_attn", "cuda", torch.bfloat16, 128)
+
+
+def test_a_package_that_cannot_be_imported_leaves_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One built for another torch would otherwise stop every run that does not name a backend."""
+
+    def load(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose_backend("auto", "cuda", torch.bfloat16, 128) == "sdpa"
+    with pytest.raises(
+        UserError, match=r"neither flash_attn nor flash_attn\.cute can be imported \(reinst"
+    ):
+        choose_backend("flash_attn", "cuda", torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes"), [((9, 0), {64, 128, 192, 248, 256}), ((10, 0), {64, 128, 256}), ((12, 0), {64, 128, 192})]
+)
+def test_version_4_gets_the_heads_that_its_kernels_take(
+    capability: tuple[int, int], sizes: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own check would stop a run on Blackwell in the first layer."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "flash_module", lambda: SimpleNamespace(__name__="flash_attn.cute"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    chosen = {size: choose_backend("auto", "cuda", torch.bfloat16, size) for size in (*sizes, 136)}
+    assert {size for size in sizes if chosen[size] == "flash_attn"} == sizes
+    assert chosen[136] == ("sdpa" if capability == (10, 0) else "flash_attn")

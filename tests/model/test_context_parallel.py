@@ -5,7 +5,6 @@ What each rank computes goes through the same code as on real ranks; only the me
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from llama_ds.model.ring_attention import RingAttention
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.shared_rows import attention_over, kernel_over
 from llama_ds.model.tensor_parallel import Pending, SingleRank
+from tests.cuda_backends import CUDA_BACKENDS
 
 WAIT_S = 60
 
@@ -364,7 +364,7 @@ def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("documents", [0.0, 0.02])
-@pytest.mark.parametrize("backend", ["sdpa", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])])
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
 def test_cuda_blocks_merge_to_the_attention_of_whole_rows(backend: str, documents: float) -> None:
     """In bf16, against float64: errors of a few roundings, 2^-8 each."""
     tensors, starts = inputs(8, 2, 512, documents)

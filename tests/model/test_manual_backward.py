@@ -28,6 +28,7 @@ from llama_ds.model.products import PlainProducts
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.weight_gradients import WeightGradients
+from tests.cuda_backends import CUDA_BACKENDS
 
 ROWS, T = 2, 24
 PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8)
@@ -127,7 +128,7 @@ def test_bf16_is_as_near_to_float64_as_autograd_in_bf16(policy: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
-@pytest.mark.parametrize("backend", ["flash_attn", "sdpa"])
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_cuda_in_bf16_is_as_near_to_float64_as_autograd_there(policy: str, backend: str, masked: bool) -> None:
     reference, layer = layers("grouped_query", policy, backend)
