@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llama_ds.perf.trace import report
 from llama_ds.perf.trace.kernels import devices, monotonic_offset, products
 from llama_ds.perf.trace.read import read_profile
 
@@ -25,6 +26,14 @@ def test_kernels_agree_with_holistic_trace_analysis() -> None:
     assert found.memory == 8205 + 856 + 142  # alone, overlapping compute, overlapping communication
     assert round(100 * found.overlap / found.communication, 2) == 1.60  # "comp_comm_overlap_pctg"
     assert found.exposed_kernels == (alone + with_memory) / 215394
+    every = sum(time for _, _, time in found.longest)
+    kernels = [event for event in read_profile(REAL) if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    assert every == sum(event["dur"] for event in kernels) and sum(n for _, n, _ in found.longest) == len(kernels)
+    name, count, time = found.longest[0]
+    assert time == max(time for *_, time in found.longest)
+    assert (count, time) == (len(own := [e["dur"] for e in kernels if e["name"] == name]), sum(own))
+    lines = report._kernels(0, found)
+    assert len(lines) == 1 + min(12, len(found.longest)) and f"{count} x {name[:60]}" in lines[1]
 
 
 def test_kernels_are_attributed_to_the_product_that_launched_them() -> None:

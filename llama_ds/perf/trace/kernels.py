@@ -86,6 +86,7 @@ class Devices:
     communication: float
     overlap: float  # communication that overlaps compute kernels
     memory: float  # memcpy and memset
+    longest: list[tuple[str, int, float]]  # name, number and added times of the kernels of a name, longest first
 
     @property
     def exposed_kernels(self) -> float:
@@ -124,6 +125,7 @@ def products(events: Sequence[Profiled], device: str) -> MeasuredProducts | None
 def devices(events: Iterable[Profiled]) -> Devices | None:
     """Return the kernel times of a profile, or None if it has no kernels, as on a CPU."""
     spans: dict[str, list[tuple[float, float]]] = {"compute": [], "communication": [], "memory": []}
+    times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") not in _DEVICE or event.get("ph") != "X":
             continue
@@ -131,6 +133,7 @@ def devices(events: Iterable[Profiled]) -> Devices | None:
         kind = "communication" if _COMMUNICATION.match(str(event["name"])) else kind
         begin = float(event["ts"])
         spans[kind].append((begin, begin + float(event.get("dur", 0))))
+        times[str(event["name"])].append(float(event.get("dur", 0)))
     every = merged(span for found in spans.values() for span in found)
     if not every:
         return None
@@ -142,6 +145,7 @@ def devices(events: Iterable[Profiled]) -> Devices | None:
         communication=total(communication),
         overlap=common(compute, communication),
         memory=total(spans["memory"]),
+        longest=sorted(((name, len(each), sum(each)) for name, each in times.items()), key=lambda one: -one[2]),
     )
 
 

@@ -12,6 +12,7 @@ from llama_ds.perf.trace.kinds import COMMUNICATION
 _MAX_SHAPES = 3  # matrix shapes to show per rank
 _MIN_MS = 0.02  # kinds of communication below this time are not shown
 _MAX_PROFILED = 4  # profiled ranks to show
+_MAX_KERNELS, _NAME_LENGTH = 12, 70  # kernels of a rank to show, and characters of their names, which C++ makes long
 
 
 def table(found: dict[str, Analysis]) -> str:
@@ -139,8 +140,11 @@ def _products(rank: int, found: MeasuredProducts) -> list[str]:
 
 def _kernels(rank: int, found: Devices) -> list[str]:
     hidden = found.overlap / found.communication if found.communication else 0.0
-    return [
+    lines = [
         f"rank {rank}: kernels over {found.span / 1e3:.1f} ms: compute {found.compute / found.span:.1%}, "
         f"communication {found.communication / found.span:.1%} ({hidden:.1%} of it hidden by compute), idle "
         f"{found.idle_kernels:.1%}"
     ]
+    for name, count, time in found.longest[:_MAX_KERNELS]:
+        lines.append(f"  {time / found.span:6.1%} {time / 1e3:9.2f} ms {count:6} x {name[:_NAME_LENGTH]}")
+    return lines
