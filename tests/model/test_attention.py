@@ -148,9 +148,7 @@ def test_a_package_that_cannot_be_imported_leaves_torchs_kernels(monkeypatch: py
     monkeypatch.setattr(importlib, "import_module", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert choose_backend("auto", "cuda", torch.bfloat16, 128) == "sdpa"
-    with pytest.raises(
-        UserError, match=r"neither flash_attn nor flash_attn\.cute can be imported \(reinst"
-    ):
+    with pytest.raises(UserError, match=r"neither flash_attn nor flash_attn\.cute can be imported \(reinst"):
         choose_backend("flash_attn", "cuda", torch.bfloat16, 128)
 
 
