@@ -3,17 +3,19 @@
 Tensors on it are fake: shapes, dtypes, strides and devices follow from the schemas of the operators, and nothing is
 computed. Streams and events are real in one respect, the order that they put operators into (vector clocks). An
 operator that uses memory which another stream has written, or writes what another has used, without such an order
-raises a `Race`, and so does memory released while another stream may still use it.
+raises a `Race`, and so does memory released while another stream may still use it. Reads and copies for which the
+host waits are noted with the functions that make them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from llama_ds.model import init, pointwise
 from tests.fake_autograd import backward
 
+PACKAGE = Path(init.__file__).resolve().parents[1]
 DEVICE = torch.device("cuda", 0)
 NAME, CAPABILITY, MEMORY = "NVIDIA H100 80GB HBM3", (9, 0), 80 << 30
 Clock = dict[str, int]  # number of operators by stream
@@ -113,6 +116,7 @@ class FakeCuda(TorchDispatchMode):
         self.ended = False
         self.races: list[str] = []  # early releases: no operator can raise them
         self.operators: set[str] = set()
+        self.waits: list[str] = []  # files and functions that let the host wait for what a stream has been given
         self.streams: list[Stream] = []
         self.host = Clock()
         self.current = self.stream("main")
@@ -144,6 +148,21 @@ class FakeCuda(TorchDispatchMode):
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         self._storage(tensor).kept_for.add(stream.name)
 
+    def read(self, tensor: Tensor, value: Any) -> Any:
+        """Return what the host reads of a tensor, for which it waits as for all else that the current stream does."""
+        if tensor.is_cuda and not self.ended:
+            self.launch("a read", [tensor], [])
+            self._wait()
+        return value
+
+    def _wait(self) -> None:
+        """Let the host wait for the current stream, and note who does."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame and not frame.f_code.co_filename.startswith(str(PACKAGE)):
+            frame = frame.f_back
+        self.waits.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}" if frame else "outside")
+        self.current.synchronize()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
@@ -157,6 +176,8 @@ class FakeCuda(TorchDispatchMode):
         result = _addmm(*args, **kwargs) if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         if func.namespace == "aten":
             self.launch(name, *_reads_and_writes(func._schema, args, kwargs, result))
+        if name in ("copy_", "_to_copy") and _waits(func._schema, args, kwargs, result):
+            self._wait()
         return result
 
     def launch(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
@@ -229,11 +250,11 @@ def fake_cuda() -> Iterator[FakeCuda]:
             (init, "normal_shard", _unset_shard),
             (Tensor, "record_stream", lambda tensor, stream: cuda.record_stream(tensor, stream)),
             (nn.Module, "to", _move),
-            (FakeTensor, "tolist", lambda self: [0] * self.numel()),
-            (FakeTensor, "item", lambda self: 1.0 if self.is_floating_point() else 1),
-            (FakeTensor, "__bool__", lambda self: False),
-            (FakeTensor, "__float__", lambda self: 1.0),
-            (FakeTensor, "__int__", lambda self: 1),
+            (FakeTensor, "tolist", lambda self: cuda.read(self, [0] * self.numel())),
+            (FakeTensor, "item", lambda self: cuda.read(self, 1.0 if self.is_floating_point() else 1)),
+            (FakeTensor, "__bool__", lambda self: cuda.read(self, False)),
+            (FakeTensor, "__float__", lambda self: cuda.read(self, 1.0)),
+            (FakeTensor, "__int__", lambda self: cuda.read(self, 1)),
         ):
             stack.enter_context(mock.patch.object(target, name, value, create=True))
         stack.enter_context(mock.patch.dict("os.environ", DS_ACCELERATOR="cuda"))
@@ -325,6 +346,13 @@ def _reads_and_writes(schema: Any, args: Any, kwargs: Any, result: Any) -> tuple
         if returned.alias_info is None:
             written += [x for x in tree_leaves(value) if isinstance(x, Tensor)]
     return read, written
+
+
+def _waits(schema: Any, args: Any, kwargs: Any, result: Tensor) -> bool:
+    """Return whether the host waits for a copy, as for one between host and device unless it is asynchronous."""
+    values = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    devices = {x.device.type for x in (*tree_leaves(args), result) if isinstance(x, Tensor)}
+    return len(devices) > 1 and not values.get("non_blocking")
 
 
 def _join(clock: Clock, other: Clock) -> None:

@@ -48,6 +48,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.parallel import burn, deepspeed_check, messages, recording, temporary, world
+from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.grid import context_parallel
 from llama_ds.parallel.trace import Trace
 from llama_ds.training import machines, memory_state
@@ -282,6 +283,15 @@ def case_results_are_read_a_step_later(cuda: FakeCuda, folder: Path) -> None:
     for step in (1, 2, 3):
         reporter.step_done(step, 1e-3, step, last=step == 3)  # type: ignore[arg-type]
         assert read == [[], [1], [1, 2, 3]][step - 1]
+
+
+def case_results_on_a_stream_of_their_own(cuda: FakeCuda, folder: Path) -> None:
+    loss = torch.zeros((), device=DEVICE)
+    ready = issued(DEVICE)
+    loss_after = loss + 1
+    with reading(DEVICE, ready):
+        assert cuda.current.name != "main" and float(loss) == 1.0
+    assert cuda.current.name == "main" and cuda.host["main"] < cuda.current.seen["main"] and is_on_device(loss_after)
 
 
 def case_joining(cuda: FakeCuda, folder: Path) -> None:

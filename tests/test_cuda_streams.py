@@ -19,7 +19,9 @@ from torch import Tensor
 from llama_ds.checkpoint.snapshot import HostMemory
 from llama_ds.config.context_parallel import CpSizes
 from llama_ds.config.recompute import POLICIES
+from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ModelConfig
+from llama_ds.job.requests import Requests
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.loss import NextTokenLoss
@@ -28,15 +30,18 @@ from llama_ds.model.ring_attention import RingAttention
 from llama_ds.model.rope import RotaryTables
 from llama_ds.parallel import data_parallel, sweep
 from llama_ds.parallel.context_parallel import CpGroups, GroupContextParallel
+from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.point_to_point import PipelineComm, wait
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.parallel.trace import Trace
 from llama_ds.schedules.communication import Message
 from llama_ds.schedules.schedule import Schedule
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device
+from llama_ds.training.interruptions import Interruptions
 from tests.fake_cuda import DEVICE, FakeCuda, Race, fake_cuda
 from tests.fake_groups import fake_ranks
 
+RUN_FILE = "ds_configs/quickstart.yaml"
 MODEL = ModelConfig(64, 32, 88, 2, 4, 2, 8)
 ROWS, T = 2, 16
 
@@ -221,3 +226,37 @@ def test_times_are_read_from_events_that_the_device_has_reached(cuda: FakeCuda) 
     assert cuda.log.index("event main:0") >= 0 and trace._microseconds(trace.now()) > 0 and origin is not None
     with pytest.raises(AssertionError, match="before it is recorded"):
         torch.cuda.Event(enable_timing=True).synchronize()
+
+
+def last_of(stream: Any) -> int:
+    """Return the number of operators that a stream has been given."""
+    return stream.seen.get(stream.name, 0)
+
+
+def test_an_agreement_is_read_while_the_next_step_runs(two_ranks: FakeCuda) -> None:
+    """A read on the stream of the computation would end with the step that was issued last."""
+    interruptions = Interruptions(load_run(RUN_FILE, ["output_dir=x"]).checkpoint, DEVICE, Requests())
+    weight, main = on_gpu(4), two_ranks.current
+    weight.add_(1)
+    interruptions.after_step()
+    agreed = last_of(main)
+    for _ in range(3):  # the next step
+        weight.add_(1)
+    two_ranks.waits.clear()
+    interruptions.after_step()
+    assert two_ranks.waits == ["world.py:wait"]
+    assert agreed <= two_ranks.host["main"] < last_of(main) - 1
+    interruptions.close()
+
+
+def test_the_result_of_a_step_is_read_while_the_next_one_runs(two_ranks: FakeCuda) -> None:
+    main, weight = two_ranks.current, on_gpu(4)
+    results = [on_gpu(1).add_(1), on_gpu(1).add_(1)]
+    ready = issued(DEVICE)
+    own = last_of(main)
+    weight.add_(1)
+    with reading(DEVICE, ready):
+        assert [float(result) for result in results] == [1.0, 1.0]
+    assert two_ranks.host["main"] == own == last_of(main) - 1
+    with reading(DEVICE), pytest.raises(Race):
+        float(weight)

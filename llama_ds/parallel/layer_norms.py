@@ -20,6 +20,7 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import Key, key_of, weight_of, weights
 from llama_ds.parallel.activation_norms import ActivationNorms
 from llama_ds.parallel.clipping import CLIP_EPS
+from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.optimizer_state import located
@@ -51,19 +52,21 @@ class Sums:
         self._keys, self._layers, self._clip = keys, layers, clip
         self._all = torch.cat([squares.view(-1), activations.view(-1)])
         self._work = dist.all_reduce(self._all, async_op=True) if dist.is_initialized() else None
+        self._ready = issued(self._all.device)
 
     def wait(self, grad_norm: Tensor | float) -> dict[str, dict[Key, float]]:
         """Return the norms by kind and weight, gradients before clipping, and the root mean squares behind the layers.
 
-        `grad_norm` is the step's global one. Synchronises.
+        `grad_norm` is the step's global one, known by the time of `__init__`. Synchronises.
         """
-        if self._work is not None:
-            self._work.wait()
-        every = self._all.double().cpu()
+        with reading(self._all.device, self._ready):
+            if self._work is not None:
+                self._work.wait()
+            every, grad_norm = self._all.double().cpu(), float(grad_norm)
         weights, activations = every[: -2 * len(self._layers)], every[-2 * len(self._layers) :].view(2, -1)
         norms = weights.view(len(KINDS), -1).sqrt().tolist()
         if self._clip:
-            clipped = max(1.0, (float(grad_norm) + CLIP_EPS) / self._clip)
+            clipped = max(1.0, (grad_norm + CLIP_EPS) / self._clip)
             norms[0] = [norm * clipped for norm in norms[0]]
         found = {kind: dict(zip(self._keys, row, strict=True)) for kind, row in zip(KINDS, norms, strict=True)}
         mean_squares = activations[0] / activations[1]

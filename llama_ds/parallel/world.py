@@ -24,6 +24,7 @@ from llama_ds.job.requests import RANK_VARIABLES
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
 from llama_ds.parallel.backend import backend, check_own_device, device_index, on_cuda, use_device
+from llama_ds.parallel.early_reads import reading
 from llama_ds.parallel.environment import check_others, first_number
 from llama_ds.parallel.first_rank import (
     LOCAL_SIZES,
@@ -256,16 +257,23 @@ def total(values: list[float], where: torch.device) -> list[float]:
 
 
 def start_maximum(value: int, where: torch.device) -> Callable[[], int]:
-    """Start an all-reduce of an integer's maximum; the returned call waits and returns it. Collective."""
-    tensor = torch.tensor([value], dtype=torch.int32, device=where)
-    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
+    """Start an all-reduce of an integer's maximum; the returned call waits for it alone and returns it. Collective."""
+    if not dist.is_initialized():
+        return lambda: value
+    tensor = torch.full((1,), value, dtype=torch.int32, device=where)  # a copy from the host would wait for the device
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
 
     def wait() -> int:
-        if work:
+        with reading(where):
             work.wait()
-        return int(tensor)
+            return int(tensor)
 
     return wait
+
+
+def start_sum(value: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """Start to sum `value` over `group` in place; return what is to be waited for, None for one rank. Collective."""
+    return dist.all_reduce(value, group=group, async_op=True) if dist.get_world_size(group) > 1 else None
 
 
 def mean(value: torch.Tensor, group: dist.ProcessGroup) -> float:

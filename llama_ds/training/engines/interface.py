@@ -22,8 +22,10 @@ Branches = Callable[[int], LayerCache]  # takes the number of a micro-batch
 class StepResult:
     """The result of a step, still on the device: reading it synchronises."""
 
-    loss: Tensor  # mean over the labels of the global batch; with a single stage, this rank's term in a mean over dp
+    loss: Tensor  # mean over the labels of the global batch; with a single stage, the sum over dp that `work` makes
     norm: Tensor | float  # norm of the gradients before clipping
+    ready: Any = None  # CUDA event after both; None on a CPU, or where the next step completes them
+    work: Any = None  # a sum over ranks in flight
 
 
 class Engine(Protocol):

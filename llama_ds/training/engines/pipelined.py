@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.model.decoder import Ids
 from llama_ds.model.next_token import DecodePass
+from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
 from llama_ds.training.device_batches import Batch, Batches, training_pair
@@ -80,15 +82,18 @@ class PipelinedEngine:
             self._ids_and_labels(batches), lambda: set_learning_rate(self.deepspeed, lr)
         )
         self.context.products.end_step()
-        self._last = StepResult(*summary.unbind())
+        settled = not self.deepspeed.optimizer.unsettled  # else the next step completes the result
+        loss, norm = summary.unbind()
+        self._last = StepResult(loss, norm, issued(self.deepspeed.device) if settled else None)
         return self._last
 
     def read(self, result: StepResult) -> tuple[float, float]:
         if result is self._last:
             self.deepspeed.optimizer.settle()
-        norm = float(result.norm)
+        with reading(self.deepspeed.device, result.ready) if result.ready else nullcontext():
+            loss, norm = float(result.loss), float(result.norm)
         self.deepspeed.optimizer.last_norm = norm
-        return float(result.loss), norm
+        return loss, norm
 
     def evaluate(
         self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None

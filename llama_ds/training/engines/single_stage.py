@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
@@ -20,6 +21,7 @@ from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
+from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.grid import grid
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import Branches, StepResult
@@ -108,7 +110,9 @@ class SingleStageEngine:
                 total += self._micro_batch(i, batches)
             self.context.products.end_step()
         trace.end_step(step_begin)
-        return StepResult(total / self.accumulation, engine.get_global_grad_norm())
+        loss = total / self.accumulation
+        work = world.start_sum(loss, engine.mpu.get_data_parallel_group())  # now, not behind the next step's
+        return StepResult(loss, engine.get_global_grad_norm(), issued(self.device), work)
 
     def _micro_batch(self, i: int, batches: Iterator[Batch]) -> Tensor:
         """Run the forward and backward of micro-batch i, and after the last one the update; return the loss."""
@@ -137,7 +141,11 @@ class SingleStageEngine:
         return loss.detach()
 
     def read(self, result: StepResult) -> tuple[float, float]:
-        return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
+        with reading(self.device, result.ready):
+            if result.work is not None:
+                result.work.wait()
+            ranks = dist.get_world_size(self.deepspeed.mpu.get_data_parallel_group())
+            return float(result.loss) / ranks, float(result.norm)
 
     @torch.no_grad()
     def evaluate(
