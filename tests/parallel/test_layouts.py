@@ -161,7 +161,7 @@ CURRENT = [
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, recompute="selective"),
     Case(1, 2, 1, zero=0, micro_batch=4, neighbour=True, recompute="full"),
     Case(1, 1, 2, zero=3, micro_batch=2, **RING),
-    Case(2, 1, 1, micro_batch=2, **ZB_V),
+    Case(2, 1, 1, dtype="bf16", micro_batch=2, **ZB_V),
 ]
 DELAYED = [
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, tp_chunks=2, fp8_weight_gradients=True),
