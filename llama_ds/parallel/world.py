@@ -271,6 +271,11 @@ def start_maximum(value: int, where: torch.device) -> Callable[[], int]:
     return wait
 
 
+def size_of(group: dist.ProcessGroup) -> int:
+    """Return the number of ranks of a group."""
+    return dist.get_world_size(group)
+
+
 def start_sum(value: torch.Tensor, group: dist.ProcessGroup) -> Any:
     """Start to sum `value` over `group` in place; return what is to be waited for, None for one rank. Collective."""
     return dist.all_reduce(value, group=group, async_op=True) if dist.get_world_size(group) > 1 else None

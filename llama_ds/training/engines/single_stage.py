@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
@@ -144,7 +143,7 @@ class SingleStageEngine:
         with reading(self.device, result.ready):
             if result.work is not None:
                 result.work.wait()
-            ranks = dist.get_world_size(self.deepspeed.mpu.get_data_parallel_group())
+            ranks = world.size_of(self.deepspeed.mpu.get_data_parallel_group())
             return float(result.loss) / ranks, float(result.norm)
 
     @torch.no_grad()
