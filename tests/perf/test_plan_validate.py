@@ -16,12 +16,15 @@ from llama_ds.perf.plan.likely import SPANS
 from llama_ds.perf.plan.memory import layer_activations, needed_memory, published_memory
 from llama_ds.perf.plan.program import (
     AUTOGRAD,
+    FLASH_1,
     LLAMA,
     MEGATRON,
     NEMO,
     NEMO_GPT,
+    NEOX,
     ZERO3_2021,
     Program,
+    with_attention,
     with_fused_loss,
     with_plain_norms,
     with_small_gradients,
@@ -128,6 +131,9 @@ def test_the_likely_interval_is_that_of_the_measured_runs() -> None:
         ("FSDP; kernels for RMSNorm and loss", with_fused_loss(AUTOGRAD), True),
         ("HSDP; torch.compile; gradients in bf16", with_small_gradients(AUTOGRAD), True),
         ("NeMo 24.09", NEMO, True),
+        ("kernel for RMSNorm; reduction beside the backward", AUTOGRAD, True),
+        ("kernel for RMSNorm; FlashAttention-1", with_attention(LLAMA, FLASH_1), True),
+        ("kernel for RMSNorm; FlashAttention-2", LLAMA, True),
         ("torch attention", without_flash(with_plain_norms(LLAMA), False), False),
         ("Megatron attention, RMS kernel", without_flash(LLAMA, True), False),
     ],
@@ -140,6 +146,7 @@ def test_a_llama_program_is_that_of_the_note(note: str, program: Program, flash:
 def test_a_gpt_program_is_that_of_the_note() -> None:
     assert program_of({"note": "NeMo 24.09; flash; bf16", "model": "GPT-175B"}) is NEMO_GPT
     assert program_of({"note": "DeepSpeed ZeRO-3 of 2021", "model": "GPT-175B"}) is ZERO3_2021
+    assert program_of({"note": "as NeoX; FlashAttention-2", "model": "GPT-4B"}) is with_attention(NEOX, 1.0)
 
 
 def test_norms_by_operations_and_scores_take_time_and_memory(tmp_path: Path) -> None:
@@ -258,10 +265,12 @@ def test_a_row_may_state_shared_rows_copies_of_shards_and_recompute_of_some_laye
     shared = llama.replace(",8,1,1,8,", ",16,1,1,8,") + "cp 2; FSDP"
     hybrid = llama.replace(",8,1,1,8,", ",32,1,1,32,").replace(",full,1,4,", ",op,3,2,") + "HSDP"
     half = llama.replace("full", "full:1/3") + "FSDP"
-    path.write_text("\n".join([HEADER, shared, hybrid, half, shared.replace("cp 2", "cp 3")]) + "\n")
+    pairs = llama.replace(",8,1,1,8,", ",32,2,1,16,") + "HSDP"
+    path.write_text("\n".join([HEADER, shared, hybrid, half, shared.replace("cp 2", "cp 3"), pairs]) + "\n")
     rows = read_rows(path)
     jobs = [row.job for row in rows]
     assert jobs[0] and jobs[0].axes.cp == 2 and jobs[0].sharing.size == 2 and jobs[0].state_group.size == 16
+    assert rows[4].job and rows[4].job.state_group.size == 4, "a node of 8 GPUs holds four pairs"
     assert jobs[1] and jobs[1].state_group.size == 8 and jobs[1].stages == ((("op", 32),),)
     assert jobs[2] and jobs[2].stages == ((("full", 10), ("none", 22)),)
     assert rows[3].skipped == "tp 1 * pp 1 * cp 3 * dp 8 is not n_gpus 16"
@@ -272,6 +281,17 @@ def test_a_row_may_state_shared_rows_copies_of_shards_and_recompute_of_some_laye
     assert needed_memory(jobs[1]) > needed_memory(flat)
     times = [step_time(gpu, replace(flat, stages=(((name, 32),),))).seconds for name in ("none", "op", "full")]
     assert times == sorted(set(times))
+
+
+def test_machines_for_export_have_eight_links(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join([HEADER, *(GOOD.replace("A100", name) for name in ("A100", "A800", "H800"))]) + "\n")
+    rows = read_rows(path)
+    assert [row.gpu for row in rows] == ["a100-80gb", "a100-80gb", "h100-80gb-2023"]
+    own = [MACHINES[row.gpu].links.nvlink_gb_s for row in rows]
+    assert rows[0].links == (None, None)
+    assert rows[1].links[0] == pytest.approx(own[1] * 8 / 12)
+    assert rows[2].links[0] == pytest.approx(own[2] * 8 / 18)
 
 
 @pytest.mark.parametrize(

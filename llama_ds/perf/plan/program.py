@@ -245,3 +245,9 @@ def without_flash(program: Program, fused_softmax: bool) -> Program:
     """
     traffic, kept = (MemoryTraffic(4, 6), 2) if fused_softmax else (MemoryTraffic(28, 38), 6)
     return replace(program, name=f"{program.name}_scores", flash=False, scores=traffic, kept_scores=kept)
+
+
+@cache
+def with_attention(program: Program, speed: float) -> Program:
+    """Return a program whose fused attention has this speed, relative to FlashAttention-2."""
+    return replace(program, name=f"{program.name}_attention", attention=speed)

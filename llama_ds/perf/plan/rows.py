@@ -16,6 +16,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import OP, Counts, StepJob
 from llama_ds.perf.plan.program import (
     AUTOGRAD,
+    FLASH_1,
     FSDP,
     LLAMA,
     MEGATRON,
@@ -25,6 +26,7 @@ from llama_ds.perf.plan.program import (
     NEOX,
     ZERO3_2021,
     Program,
+    with_attention,
     with_fused_loss,
     with_plain_norms,
     with_small_gradients,
@@ -51,6 +53,17 @@ _LINKS: tuple[tuple[str, float | None, float | None], ...] = (
     ("Korthikanti", None, 200.0),  # Selene: eight HDR links
     ("Zero Bubble", None, 100.0),  # RoCE, bandwidth not stated
 )
+# Machines of a row's gpu_type, and their bus bandwidth within a node if it is not that of the description: an A800 or
+# H800 has eight NVLinks of 25 GB/s, an A100 twelve, an H100 eighteen.
+_MACHINES: dict[str, tuple[str, float | None]] = {
+    "A100-80GB": ("a100-80gb", None),
+    "A100-40GB": ("a100-40gb", None),
+    "A800-80GB": ("a100-80gb", 230 * 8 / 12),
+    "H100-80GB": ("h100-80gb-2023", None),
+    "H800-80GB": ("h100-80gb-2023", 360 * 8 / 18),
+}
+_OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
+_ATTENTION = {"FlashAttention-1": FLASH_1, "FlashAttention-2": 1.0}  # speeds of kernels that a note states
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
 _CP = re.compile(r"\bcp ([0-9]+)")
 _RECOMPUTE = re.compile(rf"({'|'.join((*POLICIES, OP))})(?::1/([1-9]))?")
@@ -129,9 +142,7 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
     if (numbers["heads"] or 1) > (numbers["hidden"] or math.inf):
         raise UserError(f"{source}: heads = {row['heads']} are more than hidden = {row['hidden']}; correct the row")
     links = links_of(row)
-    gpu = {"A100-80GB": "a100-80gb", "A100-40GB": "a100-40gb", "H100-80GB": "h100-80gb-2023"}.get(
-        row["gpu_type"], row["gpu_type"]
-    )
+    gpu, _ = _MACHINES.get(row["gpu_type"], (row["gpu_type"], None))
     reason = _obstacle(row, numbers)
     job = None
     if not reason:
@@ -196,7 +207,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         axes=Axes(pp=n["pp"], dp=n["dp"], cp=_cp(row), tp=n["tp"]),
         sequence_parallel=sharded and n["tp"] > 1,
         zero_stage=int(zero) if zero is not None else 0,
-        state_ranks=min(n["dp"], NODE_RANKS) if "HSDP" in row["note"] else 0,
+        state_ranks=min(n["dp"], max(1, NODE_RANKS // n["tp"])) if "HSDP" in row["note"] else 0,
         schedule=schedule,
         chunks=chunks,
         extra_warmup=warmup,
@@ -209,6 +220,12 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
 
 def program_of(row: dict[str, str]) -> Program:
     """Return the program of a row: for LLaMA-like models and others by the note, otherwise Megatron."""
+    program = _program_of(row)
+    speed = next((speed for words, speed in _ATTENTION.items() if words in row["note"]), program.attention)
+    return program if speed == program.attention else with_attention(program, speed)
+
+
+def _program_of(row: dict[str, str]) -> Program:
     note, model = row["note"].lower(), row["model"].lower()
     if "llama" in model or "mistral" in model or "smollm" in model:
         return _llama_program(note)
@@ -227,7 +244,7 @@ def _llama_program(note: str) -> Program:
     """Return a LLaMA-like program by what the note states of its norms, loss, reduction and attention."""
     if "nemo" in note:
         return NEMO
-    overlapping = any(word in note for word in ("nanotron", "fsdp", "hsdp", "titan", "compile"))
+    overlapping = any(words in note for words in _OVERLAPPING)
     program = AUTOGRAD if overlapping else LLAMA
     if "rmsnorm by torch" in note or not (overlapping or "rms" in note):
         program = with_plain_norms(program)
@@ -244,6 +261,7 @@ def _llama_program(note: str) -> Program:
 def links_of(row: dict[str, str]) -> tuple[float | None, float | None]:
     """Return (NVLink, network) in GB/s as stated by the row or its source, None if not stated."""
     nvlink, network = next(((a, b) for name, a, b in _LINKS if name in row["source"]), (None, None))
+    nvlink = nvlink or _MACHINES.get(row["gpu_type"], ("", None))[1]
     stated = _GBPS.search(row["note"])
     return nvlink, float(stated[1]) / 8 if stated else network
 
