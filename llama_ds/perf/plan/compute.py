@@ -15,8 +15,8 @@ from llama_ds.perf.plan.hardware import Hardware
 _TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 _TILE_TRAFFIC = 12.0  # a t x t tile has 1 / (1 + 2 * this / t) of the speed of an infinite tile
 _ALIGNED = 64  # elements of 16 bits, 128 bytes in all
+_BARE_SHARE = 0.03  # share of the peak without tensor cores: products of unaligned heads (runs of BLOOM's prototypes)
 _SPLITS = (1, 2, 4, 8)  # split-K factors
-_BARE_SHARE = 0.03  # share of the peak without tensor cores, for rows that are not multiples of 16 bytes
 _HALF_ROW = 256  # sequence length at which fused attention reaches half of its final rate
 _HALF_HEAD = 32  # head size at which it reaches half of its final rate
 
@@ -29,7 +29,7 @@ def gemm(gpu: Hardware, m: int, n: int, k: int, batch: int = 1) -> float:
     fit = gpu.calibration
     rate = gpu.peak / gpu.processors * fit.gemm_ceiling
     align = math.gcd(math.gcd(k, n), _ALIGNED)
-    if align < 8:
+    if align < 8 and batch > 1:
         return 2.0 * m * n * k * batch / (gpu.peak * _BARE_SHARE)
     rate *= fit.misaligned ** (math.log2(_ALIGNED / align) / 3)
     best = math.inf

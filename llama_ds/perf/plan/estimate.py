@@ -159,7 +159,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
 def _likely_words(found: Interval) -> str:
     return (
         f"  likely         {found.low:,.0f} to {found.high:,.0f} tokens/s/GPU; of {found.runs:,} measured runs like it "
-        f"{found.covered:.0%} lay in the interval of the other sources"
+        f"on average over the sources, {found.covered:.0%} lay in the interval of the others"
     )
 
 

@@ -96,6 +96,12 @@ class StepJob:
         return RankGroup(self.state_ranks or self.axes.data_axis, self.tp)
 
     @property
+    def copies_group(self) -> RankGroup:
+        """The ranks of the data group that hold the same share of the states."""
+        group = self.state_group
+        return RankGroup(self.axes.data_axis // group.size, group.stride * group.size)
+
+    @property
     def sharing(self) -> RowSharing:
         """How context-parallel ranks share rows."""
         return RowSharing(self.cp_sizes, self.axes.stride("cp"), self.ranks)

@@ -44,6 +44,9 @@ class Program:
     overlaps_reduction: bool  # gradient reduction and weight gather overlap computation
     overlaps_tensor: bool  # collectives of the backward overlap the weight gradients
     sums_at_end: bool = False  # DeepSpeed without a pipeline, below ZeRO-2: one all-reduce after the last gradient
+    broadcasts: bool = (
+        False  # ZeRO-1 sums all gradients on all ranks; each rank broadcasts its tensors after the update
+    )
     sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
     gradient_bytes: float = 4  # bytes kept per parameter until the step
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
@@ -232,8 +235,53 @@ def with_fused_loss(program: Program) -> Program:
 
 @cache
 def with_small_gradients(program: Program) -> Program:
-    """Return a program that reduces gradients in 16 bits."""
-    return replace(program, name=f"{program.name}_16", reduced_bytes=2)
+    """Return a program that accumulates and reduces gradients in 16 bits."""
+    return replace(program, name=f"{program.name}_16", reduced_bytes=2, gradient_bytes=2, accumulation=6)
+
+
+@cache
+def with_fused_swiglu(program: Program) -> Program:
+    """Return a program with a kernel for SwiGLU, which keeps its inputs and its result."""
+    return replace(program, name=f"{program.name}_swiglu", inner=OURS.inner, kept_inner=6)
+
+
+@cache
+def with_plain_rotation(program: Program) -> Program:
+    """Return a program whose rotary embedding is computed operation by operation.
+
+    Of queries and keys, half of the elements that `heads` counts: negation of one half 2, concatenation 4, two products
+    8, sum 6; backward: two products 8, two padded slices 8, their sum 6, negation 2, sum 6. In place of 4 and 6 bytes.
+    """
+    heads = MemoryTraffic(program.heads.forward + (20 - 4) / 2, program.heads.backward + (30 - 6) / 2)
+    return replace(program, name=f"{program.name}_rotation", heads=heads)
+
+
+@cache
+def with_cast_norms(program: Program) -> Program:
+    """Return a LLaMA program whose norms, each a kernel, read fp32 copies of the residuals.
+
+    Cast 6 and norm 6 in place of 4; backward: norm 10 and cast 6 in place of 6. The copy and the result are kept.
+    """
+    hidden = MemoryTraffic(program.hidden.forward + 2 * (12 - 4), program.hidden.backward + 2 * (16 - 6))
+    return replace(program, name=f"{program.name}_cast", hidden=hidden, kept_norm=6)
+
+
+@cache
+def with_broadcasts(program: Program) -> Program:
+    """Return a program whose ZeRO-1 broadcasts whole tensors, as InternLM's does."""
+    return replace(program, name=f"{program.name}_broadcasts", broadcasts=True)
+
+
+@cache
+def with_padded_vocabulary(program: Program) -> Program:
+    """Return a program that pads the vocabulary as Megatron-LM does."""
+    return replace(program, name=f"{program.name}_padded", padded_vocab=MEGATRON.padded_vocab)
+
+
+@cache
+def with_deepspeed_buffers(program: Program) -> Program:
+    """Return a program with DeepSpeed's buckets."""
+    return replace(program, name=f"{program.name}_buckets", buffers_gib=MEGATRON.buffers_gib)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,14 @@ from llama_ds.perf.plan.program import (
     ZERO3_2021,
     Program,
     with_attention,
+    with_broadcasts,
+    with_cast_norms,
+    with_deepspeed_buffers,
     with_fused_loss,
+    with_fused_swiglu,
+    with_padded_vocabulary,
     with_plain_norms,
+    with_plain_rotation,
     with_small_gradients,
     without_flash,
 )
@@ -63,6 +70,17 @@ _MACHINES: dict[str, tuple[str, float | None]] = {
     "H800-80GB": ("h100-80gb-2023", 360 * 8 / 18),
 }
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
+_STATED: dict[str, Callable[[Program], Program]] = {  # of LLaMA-like programs, in the note's lower case
+    "gradients in bf16": with_small_gradients,
+    "gradients in fp16": with_small_gradients,
+    "rmsnorm, of fp32 copies": with_cast_norms,
+    "by broadcasts of whole tensors": with_broadcasts,
+    "rotary embedding by operations": with_plain_rotation,
+    "rotary embedding too": with_plain_rotation,
+    "transformer engine": with_fused_swiglu,
+    "megatron-": with_padded_vocabulary,
+    "deepspeed": with_deepspeed_buffers,
+}
 _ATTENTION = {"FlashAttention-1": FLASH_1, "FlashAttention-2": 1.0}  # speeds of kernels that a note states
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
 _CP = re.compile(r"\bcp ([0-9]+)")
@@ -250,8 +268,8 @@ def _llama_program(note: str) -> Program:
         program = with_plain_norms(program)
     if "kernel" in note and "loss" in note:
         program = with_fused_loss(program)
-    if "gradients in bf16" in note:
-        program = with_small_gradients(program)
+    for words, changed in _STATED.items():
+        program = changed(program) if words in note else program
     for words, fused_softmax in (("torch attention", False), ("megatron attention", True)):
         if words in note:
             return without_flash(program, fused_softmax)

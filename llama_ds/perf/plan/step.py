@@ -8,8 +8,16 @@ from functools import lru_cache
 
 from llama_ds.layout.flops import embedding_parameters, flops_per_token
 from llama_ds.layout.partition import held_parameters
-from llama_ds.layout.weights import Role
-from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, message, reduce_scatter
+from llama_ds.layout.weights import Role, weights
+from llama_ds.perf.plan.communication import (
+    RankGroup,
+    all_gather,
+    all_reduce,
+    contention,
+    message,
+    reduce_scatter,
+    ring_latency,
+)
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Counts, StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
@@ -209,7 +217,7 @@ def rank_parameters(job: StepJob) -> list[int]:
 
 def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
     """Return (exposed reduction, optimizer) of the rank with the longest sum."""
-    group = job.data_group
+    group, states, copies = job.data_group, job.state_group, job.copies_group
     share = contention(gpu, group)
     placement = job.placement
     ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
@@ -218,20 +226,25 @@ def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[fl
     for rank, by_role in enumerate(rank_roles(job)):
         parameters = by_role.total()
         update = update_time(gpu, job, rank, by_role).seconds
-        scatter = reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters)
-        gather = all_gather(gpu, group, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
+        gradients = float(job.program.reduced_bytes) * parameters
+        scatter = reduce_scatter(gpu, states, gradients) + all_reduce(gpu, copies, gradients / states.size)
+        gather = all_gather(gpu, states, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
+        if job.program.broadcasts and job.zero_stage == 1:
+            scatter = all_reduce(gpu, group, gradients)
+            senders = min(states.size, sum(1 for _ in weights(job.model)))
+            gather += (senders - 1) * ring_latency(gpu, states)
         if job.zero_stage >= 2:  # already part of every micro-batch
             scatter = 0.0 if job.zero_stage == 3 or job.program.overlaps_reduction else scatter
             gather = 0.0 if job.zero_stage == 3 else gather
         if job.program.sums_at_end and job.pp == 1 and job.zero_stage < 2:
-            scatter = all_reduce(gpu, group, float(job.program.reduced_bytes) * parameters)
+            scatter = all_reduce(gpu, group, gradients)
             gather = gather if job.zero_stage else 0.0
         elif job.program.overlaps_reduction:
             # These overlap the last backward and the next forward layer by layer; one layer's share is always exposed.
             cost = costs[rank]
             layers = sum(n for _, n in job.stages[rank]) or 1
             scatter = _exposed(share, cost.input_backward + cost.weight_backward, scatter, layers)
-            gather = _exposed(share, cost.forward, gather, layers)
+            gather = gather if job.program.broadcasts else _exposed(share, cost.forward, gather, layers)
         tied = 0.0
         if rank in tied_ranks:  # all-reduce of the tied embedding gradient over both ends of the pipeline
             pair = RankGroup(2, job.axes.stride("pp"))
@@ -252,8 +265,7 @@ def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> Stag
     latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's all-gather is exposed. Where only some
     data-parallel ranks share the states, each sums its part of the gradients with its copies.
     """
-    group, links = job.state_group, job.program.shared_links
-    copies = RankGroup(job.axes.data_axis // group.size, group.stride * group.size)
+    group, copies, links = job.state_group, job.copies_group, job.program.shared_links
     parameters, layers = stage_roles(job)[stage].total(), sum(n for _, n in job.stages[stage]) or 1
     weights, gradients = (
         float(size) * parameters / layers for size in (job.program.element_bytes, job.program.reduced_bytes)

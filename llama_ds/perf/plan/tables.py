@@ -29,7 +29,7 @@ from llama_ds.perf.plan.layer import Parts
 from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.sharing_costs import sharing_costs
-from llama_ds.perf.plan.validate import Checked, Fits, groups, spans, summary
+from llama_ds.perf.plan.validate import Checked, Fits, groups, likely_runs, spans, summary
 
 RANKED = [
     *("", "tp", "pp", "cp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "likely", "MFU", "bubble"),
@@ -286,9 +286,12 @@ def errors(
     for (several, pipeline), one in sorted(intervals.items()):
         where = f"several nodes, {'with' if pipeline else 'without'} a pipeline" if several else "one node"
         text += (
-            f"\nspeed on {where}: {one.low:.3f} to {one.high:.3f} of the predicted one; {one.covered:.1%} of "
-            f"{one.runs:,} runs lie in the interval of the other sources"
+            f"\nspeed on {where}: {one.low:.3f} to {one.high:.3f} of the predicted one ({one.runs:,} runs); on average "
+            f"over the sources, {one.covered:.1%} of the runs lie in the interval of the others"
         )
+    data["in_likely"], data["likely_of"] = likely_runs(checked)
+    if data["likely_of"]:
+        text += f"\nof {data['likely_of']:,} runs, {data['in_likely']:,} lie in the intervals that search gives"
     if skipped:
         text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))
     return data, text

@@ -44,7 +44,7 @@ class UpdateTime:
 
 def update_time(gpu: Hardware, job: StepJob, rank: int, by_role: Counter[Role]) -> UpdateTime:
     """Return the time of the update on a rank of pipeline position `rank`, which has `by_role` parameters."""
-    share = 1 / job.axes.data_axis if job.zero_stage else 1.0
+    share = 1 / job.state_group.size if job.zero_stage else 1.0
     hidden = by_role[Role.HIDDEN_MATRIX] * (job.optimizer == "muon")
     plain = job.program.optimizer_bytes if job.optimizer != "lion" else AROUND + APPLIED + LION
     if job.low_precision and job.optimizer != "lion":

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llama_ds.config.recompute import GIB
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
-from llama_ds.perf.plan.likely import Interval, kind
+from llama_ds.perf.plan.likely import SPANS, Interval, kind
 from llama_ds.perf.plan.memory import needed_memory, published_memory
 from llama_ds.perf.plan.rank_spread import expected_maximum
 from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
 
-_INSIDE = 0.8  # share of unseen runs that an interval should hold
+_INSIDE = 0.8  # share of the runs of an unseen source that an interval should hold
 _LEFT_OUT = (0.1, 0.075, 0.05, 0.025)  # shares of the measured runs left out at either end, the first that suffices
 
 
@@ -151,29 +151,40 @@ def spans(checked: Iterable[Checked]) -> dict[tuple[bool, bool], Interval]:
     """Return the intervals of `likely.SPANS` from the A100 runs among these.
 
     A source counts as much as another, however many runs it has. An interval leaves out as much at either end as it
-    may, so that four of five runs still lie in the one that the other sources give.
+    may, so that on average over the sources four of five runs lie in the interval that the other sources give.
     """
     found: dict[tuple[bool, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, source, faster in _speeds(checked):
+        found[key][source].append(faster)
+    return {key: _interval(by_source) for key, by_source in found.items()}
+
+
+def likely_runs(checked: Iterable[Checked]) -> tuple[int, int]:
+    """Return the A100 runs whose speed lies in the interval that `search` gives (`likely.SPANS`), and all A100 runs."""
+    inside = [SPANS[key].low <= faster <= SPANS[key].high for key, _, faster in _speeds(checked)]
+    return sum(inside), len(inside)
+
+
+def _speeds(checked: Iterable[Checked]) -> Iterator[tuple[tuple[bool, bool], str, float]]:
+    """Yield (kind, source, measured over predicted speed) of each run on A100s."""
     for item in checked:
         job = item.row.job
         if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100") and job and job.whole_model:
             slower = item.predicted / item.row.value
             faster = slower if item.row.kind == "iteration_s" else 1 / slower
-            found[kind(job, 8)][group_of(item.row.source)].append(faster)
-    return {key: _interval(by_source) for key, by_source in found.items()}
+            yield kind(job, 8), group_of(item.row.source), faster
 
 
 def _interval(by_source: Mapping[str, list[float]]) -> Interval:
-    runs = sum(map(len, by_source.values()))
     for left_out in _LEFT_OUT:
-        inside = 0
+        inside = 0.0
         for source, values in by_source.items():
             others = {name: own for name, own in by_source.items() if name != source}
             low, high = _ends(others, left_out) if others else (0.0, 0.0)
-            inside += sum(low <= value <= high for value in values)
-        if inside >= _INSIDE * runs:
+            inside += sum(low <= value <= high for value in values) / len(values)
+        if inside >= _INSIDE * len(by_source):
             break
-    return Interval(*_ends(by_source, left_out), runs, inside / runs)
+    return Interval(*_ends(by_source, left_out), sum(map(len, by_source.values())), inside / len(by_source))
 
 
 def _ends(by_source: Mapping[str, list[float]], left_out: float) -> tuple[float, float]:
