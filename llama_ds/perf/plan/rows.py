@@ -70,7 +70,7 @@ _MACHINES: dict[str, tuple[str, float | None]] = {
     "H800-80GB": ("h100-80gb-2023", 360 * 8 / 18),
 }
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
-_STATED: dict[str, Callable[[Program], Program]] = {  # of LLaMA-like programs, in the note's lower case
+_STATED: dict[str, Callable[[Program], Program]] = {  # words of a note in lower case, for LLaMA-like programs
     "gradients in bf16": with_small_gradients,
     "gradients in fp16": with_small_gradients,
     "rmsnorm, of fp32 copies": with_cast_norms,
