@@ -144,7 +144,9 @@ USES: dict[str, Use] = {
     "data_types.param_dtype": Use(None, EVERY, "must name the dtype of the training"),
     "data_types.buffer_dtype": _refused(None, "the layers have no buffers"),
     "data_types.keep_in_fp32_modules": _refused("auto", "the layers have no buffers"),
-    "communication_data_type": Use(None, EVERY, "fp32 or bf16: dtype in which gradients are reduced; fp32 here"),
+    "communication_data_type": Use(
+        None, EVERY, "fp32 or bf16: dtype in which gradients are reduced; fp32 here. Pipelines of ours add bf16 in fp32"
+    ),
     "seq_parallel_communication_data_type": _refused("fp32", "it is for DeepSpeed's Ulysses"),
     "prescale_gradients": Use(False, _PROFILER, "divides gradients before they are summed, not after"),
     "gradient_predivide_factor": Use(1.0, _PROFILER, "divides gradients by it before, and by the rest after the sum"),

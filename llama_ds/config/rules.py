@@ -41,6 +41,7 @@ def _check_stage(run: RunConfig) -> None:
     check_context_parallel(run)
     _check_pipeline(run)
     _check_post_validation(run)
+    _check_gradient_neighbours(run)
     _check_autograd_layer(run)
     check_fp8(run)
 
@@ -204,6 +205,16 @@ def _check_autograd_layer(run: RunConfig) -> None:
             run,
             f"parallel.recompute = {parallel.recompute} requires compute.decoder_layer = manual_backward; "
             "autograd supports none or full",
+        )
+
+
+def _check_gradient_neighbours(run: RunConfig) -> None:
+    neighbours = run.parallel.gradient_neighbours
+    if neighbours > 1 and not run.reduces_in_bf16:
+        raise _error(
+            run,
+            f"parallel.gradient_neighbours = {neighbours} add gradients that travel in bf16, and the DeepSpeed JSON "
+            "has no communication_data_type = bf16; set deepspeed.communication_data_type=bf16, or use 1",
         )
 
 

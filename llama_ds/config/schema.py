@@ -370,6 +370,11 @@ class RunConfig(Section):
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     @property
+    def reduces_in_bf16(self) -> bool:
+        """Whether data-parallel ranks send gradients in bf16, from the DeepSpeed JSON."""
+        return str(self.deepspeed.get("communication_data_type")).lower() == "bf16"
+
+    @property
     def run_dir(self) -> str:
         """Folder of the run's metrics, checkpoints and resolved configuration."""
         return f"{self.output_dir}/{self.name}"

@@ -165,5 +165,18 @@ class ParallelConfig(Section):
         ),
     ] = 1
 
+    gradient_neighbours: Annotated[
+        int,
+        Key(
+            "Neighbouring data-parallel ranks, those of one host, that add their gradients in fp32 before the sums "
+            "travel to other hosts in bf16.",
+            "ranks",
+            POSITIVE,
+            rule="Above 1 for pp > 1 with `communication_data_type: bf16` in the DeepSpeed JSON, not for schedule "
+            "deepspeed; divides dp * cp.",
+            most=64,
+        ),
+    ] = 1
+
     def check(self) -> None:
         check_parallel(self)

@@ -176,6 +176,11 @@ def check_parallel(parallel: ParallelConfig) -> None:
             f"parallel.joint_weight_gradients = {parallel.joint_weight_gradients} is for pp > 1 and this stack's own "
             f"schedules; use 1 with pp {pp} and {parallel.schedule}"
         )
+    if parallel.gradient_neighbours > 1 and (pp == 1 or parallel.schedule == STOCK_ENGINE):
+        raise parallel.broken(
+            f"parallel.gradient_neighbours = {parallel.gradient_neighbours} is for pp > 1 and this stack's own "
+            f"schedules; use 1 with pp {pp} and {parallel.schedule}"
+        )
     _check_partition(parallel)
     _check_recompute(parallel)
 

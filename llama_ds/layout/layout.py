@@ -91,6 +91,7 @@ def _resolve(run: RunConfig, world: int) -> Layout:
             f"use {listed(near_divisors(batch // dp, micro))}"
         )
     _check_vocabulary(run)
+    _check_neighbours(run, dp * axes.cp)
     _check_schedule(run, batch // dp // micro)
     _check_profile_ranks(run, world)
     sizes = axes.sizes._asdict() | {"dp": dp}
@@ -104,6 +105,15 @@ def _check_vocabulary(run: RunConfig) -> None:
         raise UserError(
             f"{run.path}: parallel.tp = {tp} leaves a rank without rows of model.vocab_size = {rows}; "
             f"use {listed(possible)}"
+        )
+
+
+def _check_neighbours(run: RunConfig, ranks: int) -> None:
+    neighbours = run.parallel.gradient_neighbours
+    if ranks % neighbours:
+        raise UserError(
+            f"{run.path}: parallel.gradient_neighbours = {neighbours} does not divide dp * cp = {ranks}; "
+            f"use {listed(near_divisors(ranks, neighbours))}"
         )
 
 

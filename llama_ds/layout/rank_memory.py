@@ -5,8 +5,9 @@ states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al
 `optimizer_states.py` has those of other optimizers and dtypes. Working memory is the largest of one layer's activations
 and their gradients, the head's chunk of logits with its fp32 gradient, and the factors of a weight gradient that is
 computed for several micro-batches at once. The buffers of pipeline messages come on top, and 2 bytes for each element
-of the decoder layers' matrices where these stay in float8 through a step, once along each dimension. Muon's whole
-matrices take the place of activations and working memory, which its step follows.
+of the decoder layers' matrices where these stay in float8 through a step, once along each dimension, or of one layer's
+where gradients are sent in bf16. Muon's whole matrices take the place of activations and working memory, which its step
+follows.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
         copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0
+        if run.reduces_in_bf16 and layout.pp > 1:  # of a layer, until it is in the place of its gradients
+            copies += 2 * by_role[Role.HIDDEN_MATRIX] // max(1, sum(layers[stage] for stage in own))
         states = states_of(run.optimizer).nbytes(by_role, element_bytes)
         if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
             states += states + (element_bytes * held if element_bytes == 4 else 0)

@@ -56,6 +56,18 @@ def context_parallel(layout: Layout, sizes: CpSizes, trace: Trace) -> ContextPar
     return GroupContextParallel(own, sizes, trace)
 
 
+def neighbour_groups(layout: Layout, neighbours: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return this rank's group of `neighbours` along `layout.data_axis`, and that of its peers in others. Collective.
+
+    Together they have the ranks that reduce gradients: the n-th of these is number n % neighbours of its group, which
+    is the peers' number n // neighbours.
+    """
+    whole = layout.groups("dp", "cp")
+    near = [ranks[at : at + neighbours] for ranks in whole for at in range(0, len(ranks), neighbours)]
+    far = [ranks[at::neighbours] for ranks in whole for at in range(neighbours)]
+    return _own_of(near), _own_of(far)
+
+
 def own_coords(layout: Layout) -> Coords:
     """Return this rank's coordinates."""
     return layout.coords(dist.get_rank())

@@ -17,7 +17,7 @@ from llama_ds.layout.weights import EMBEDDING, TIED_TABLE
 from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.manual_backward import ManualBackwardLayer
-from llama_ds.parallel.grid import topology
+from llama_ds.parallel.grid import neighbour_groups, topology
 from llama_ds.schedules.instructions import Placement
 
 
@@ -47,6 +47,8 @@ class LlamaPipeline(PipelineModule):
             activation_checkpoint_interval=1 if policies is None and run.parallel.recompute == "full" else 0,
             checkpointable_layers=[DecoderLayer.__name__],
         )
+        near = run.parallel.gradient_neighbours
+        self.near_first = neighbour_groups(layout, near) if near > 1 else None  # for the reduction of gradients
 
     def activate(self, chunk: int) -> None:
         """Select the chunk that this module's forward, saving and loading apply to."""

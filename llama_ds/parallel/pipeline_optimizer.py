@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llama_ds.layout.weights import weight_of
 from llama_ds.parallel.clipping import CLIP_EPS, grad_scale
-from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
+from llama_ds.parallel.data_parallel import NearFirst, Wait, start_all_gather, start_reduce_scatter
 from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.optimistic_steps import OptimisticSteps
 from llama_ds.parallel.trace import Trace
@@ -49,6 +49,8 @@ class PipelineOptimizer(BF16_Optimizer):
         self.final = False
         self.trace = trace
         self.last_norm = math.inf  # the gradient norm that the host has read last, the same on all ranks
+        self._near_first = engine.module.near_first
+        self._advance: Wait = lambda: None  # the reduction that started last
         self._optimistic: OptimisticSteps | None = None
         self._bucket_of: dict[int, _Bucket] = {}  # buckets by id of the parameter
         self._counted = [self._is_counted(group) for group in self.bf16_groups]
@@ -108,6 +110,18 @@ class PipelineOptimizer(BF16_Optimizer):
         lp._hp_grad = buffer  # type: ignore[attr-defined]
         self.fp32_groups_has_gradients[group_idx][param_idx] = True
 
+    def start_reduction(self, whole: Tensor, own: Tensor, dtype: torch.dtype) -> Wait:
+        """Start to sum `whole` (R, n) over data-parallel ranks into this rank's `own` (n); the call returned waits.
+
+        Where neighbours add first, the next reduction sends their sums on: the layer before has taken as long.
+        """
+        if self._near_first is None:
+            return start_reduce_scatter(whole, own, self.dp_process_group, dtype, self.trace)
+        self._advance()
+        found = NearFirst(whole, own, self._near_first, dtype, self.trace)
+        self._advance = found.advance
+        return found
+
     def hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
         """Leave the buckets of `parameters` to `reduce_rest`, because they are reduced over stages first."""
         for p in parameters:
@@ -130,6 +144,7 @@ class PipelineOptimizer(BF16_Optimizer):
         while other gradients and the norm travel. The host then waits for the norm, and they are done again if this
         one needs it.
         """
+        self._advance()
         muon = self.optimizer if isinstance(self.optimizer, Muon) else None
         early = muon if self.last_norm + CLIP_EPS <= self.clip_grad else None
         for bucket in self._buckets:
@@ -296,13 +311,11 @@ class _Bucket:
         flats = [self._optimizer.fp32_groups_gradients_flat[i].view(self._ranks, -1) for i in self.groups]
         parts = [self._optimizer.fp32_groups_gradient_flat_partition[i] for i in self.groups]
         if len(flats) == 1:
-            self._reduction = start_reduce_scatter(
-                flats[0], parts[0], self._process_group, self._dtype, self._optimizer.trace
-            )
+            self._reduction = self._optimizer.start_reduction(flats[0], parts[0], self._dtype)
             return
         whole = torch.cat(flats, 1)
         own = whole.new_empty(whole.shape[1])
-        wait = start_reduce_scatter(whole, own, self._process_group, self._dtype, self._optimizer.trace)
+        wait = self._optimizer.start_reduction(whole, own, self._dtype)
 
         def spread() -> None:
             wait()

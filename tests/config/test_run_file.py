@@ -240,6 +240,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "1f1b"),
         ("parallel.joint_weight_gradients=2", "tiny.yaml: parallel.joint_weight_gradients = 2 is for pp > 1 and this "
          "stack's own schedules; use 1 with pp 1 and 1f1b"),
+        ("parallel.gradient_neighbours=2", "tiny.yaml: parallel.gradient_neighbours = 2 is for pp > 1 and this "
+         "stack's own schedules; use 1 with pp 1 and 1f1b"),
         ("parallel.virtual_stages=2", "tiny.yaml: parallel.virtual_stages = 2 cuts what pipeline ranks hold and pp is "
          "1; use 1"),
         ("parallel.extra_warmup=-1", "tiny.yaml: parallel.extra_warmup = -1 is negative"),

@@ -61,9 +61,10 @@ def main() -> None:
     found["reduce bytes"] = sent_by(lambda: start_reduce_scatter(whole, own, group, torch.float32, trace)())
     found["reduced exactly"] = torch.equal(own, both[0][rank] + both[1][rank])
 
-    narrow = torch.empty(count)
-    found["bf16 bytes"] = sent_by(lambda: start_reduce_scatter(mine.clone(), narrow, group, torch.bfloat16, trace)())
-    found["rounded once"] = torch.equal(narrow, both[0][rank].bfloat16().float() + both[1][rank].bfloat16().float())
+    whole = mine.clone()
+    own = whole[rank]
+    found["bf16 bytes"] = sent_by(lambda: start_reduce_scatter(whole, own, group, torch.bfloat16, trace)())
+    found["rounded once"] = torch.equal(own, both[0][rank].bfloat16().float() + both[1][rank].bfloat16().float())
 
     gathered = torch.zeros(2, count)
     gathered[rank] = mine[rank]

@@ -85,6 +85,7 @@ class Case:
     joint_weight_gradients: int = 1
     fp8: str = "off"
     fp8_weight_gradients: bool = False
+    bf16_sums: int = 0  # neighbours that add gradients before they travel in bf16; 0: these travel in fp32
     through_host: bool = False  # messages, as between ranks that share a GPU
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
@@ -170,6 +171,7 @@ def run_of(case: Case) -> RunConfig:
             case.post_validation,
             case.tp_chunks,
             case.joint_weight_gradients,
+            max(1, case.bf16_sums),
         ),
         compute=ComputeConfig(
             decoder_layer=case.decoder_layer, fp8=case.fp8, fp8_weight_gradients=case.fp8_weight_gradients
@@ -180,6 +182,7 @@ def run_of(case: Case) -> RunConfig:
                 **({"zero_hpz_partition_size": case.hpz} if case.hpz > 1 else {}),
             },
             "bf16": {"enabled": case.dtype == "bf16"},
+            **({"communication_data_type": "bf16"} if case.bf16_sums else {}),
         },
         path="layouts.yaml",
     )

@@ -101,6 +101,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "manual_backward"):
         # Straight into BF16_Optimizer's fp32 buffers: no matrix has a gradient in bf16.
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
+    if case.bf16_sums:
+        check_bf16_sums(case, engine.deepspeed.optimizer)
     if case.muon:
         check_orthogonalised(case, engine.deepspeed, [norm for _, norm in history])
         assert ledger is not None
@@ -208,6 +210,16 @@ def check_memory(case: Case, counted: int, norm: float) -> None:
         most = max(size for stage, size in every if stage == position)
         exact = case.pp == 1 or case.schedule == "deepspeed" or norm > case.clip
         assert (0.7 if exact is False else 1) * held.matrices <= most <= held.matrices + 8, (most, held)
+
+
+def check_bf16_sums(case: Case, optimizer: Any) -> None:
+    """Check that a reduction rounds the sum of each group of neighbours once, and adds these in fp32."""
+    ranks, own = case.dp * case.cp, torch.distributed.get_rank(optimizer.dp_process_group)
+    every = [torch.randn(ranks, 50, generator=torch.Generator().manual_seed(rank)) for rank in range(ranks)]
+    found = every[own].clone()
+    optimizer.start_reduction(found, found[own], torch.bfloat16)()
+    sums = torch.stack([whole[own] for whole in every]).view(-1, case.bf16_sums, 50).sum(1)
+    assert torch.equal(found[own], sums.bfloat16().float().sum(0))
 
 
 def check_order(case: Case, trace: Trace, norm_before: float) -> None:

@@ -78,6 +78,19 @@ def reduce_scatter(gpu: Hardware, group: RankGroup, size: float, shared_links: i
     return half(gpu, group, size, shared_links) if measured is None else measured
 
 
+def exchange(gpu: Hardware, group: RankGroup, size: float) -> float:
+    """Return the time in which each rank sends every other one its part of `size` bytes (all-to-all).
+
+    Unlike in a ring, each rank's own parts for other nodes leave its node, by its share of the node's links.
+    """
+    if group.size <= 1 or size <= 0:
+        return 0.0
+    within, here = gpu.links.nvlink_gb_s * 1e9, ranks_per_node(gpu, group)
+    outside = min(within, gpu.network / gpu.links.gpus_per_node)
+    sent = (here - 1) / within + (group.size - here) / outside
+    return sent * size / group.size + ring_latency(gpu, group)
+
+
 def layer_sum(gpu: Hardware, group: RankGroup, size: float) -> float:
     """Return the time of a layer's all-reduce over a ring: a reduce-scatter and an all-gather."""
     measured = _measured(gpu, ALL_REDUCE, group, size)

@@ -13,6 +13,7 @@ from llama_ds.perf.plan.communication import bus_bandwidth, nodes
 from llama_ds.perf.plan.curves import Curves
 from llama_ds.perf.plan.estimate import Estimate
 from llama_ds.perf.plan.hardware import Hardware
+from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import Parts, embedding_time, head_time, layer_time
 from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.rank_spread import slowdown
@@ -168,8 +169,8 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
         (
             "reduction",
             f"{step.reduction:.4f} s exposed: gradients of {largest:,} parameters x {job.program.reduced_bytes} "
-            f"bytes and weights x {job.program.element_bytes}, (dp - 1) / dp of them over the ring, overlapping "
-            "the last backward and the next forward",
+            f"bytes {_sums(job)}and weights x {job.program.element_bytes}, (dp - 1) / dp of them over the ring, "
+            "overlapping the last backward and the next forward",
         ),
         (
             "optimizer",
@@ -192,6 +193,14 @@ def _full_attention_mfu(found: Estimate) -> float:
     model = job.model
     whole = flops_per_token(model, job.seq_len, float(job.seq_len))
     return found.step.tokens_per_second * whole / found.gpu.peak
+
+
+def _sums(job: StepJob) -> str:
+    """Say how bf16 gradients travel."""
+    if not job.exchanged:
+        return ""
+    near = f"after sums over {job.exchanged} neighbours " if job.exchanged > 1 else ""
+    return f"sent to their owners {near}"
 
 
 def _update(found: Estimate) -> str:

@@ -69,7 +69,7 @@ class Hardware:
     host_computes: bool = False  # True on a CPU: host time and device time add up
     # Relative standard deviation of the step times of ranks with the same work (`rank_spread.py`). The default is that
     # of published runs which were repeated on more GPUs (`validate.measured_spread`).
-    rank_spread: float = 0.016
+    rank_spread: float = 0.023
     curves: Curves | None = None  # measured curves take precedence over calculated times
 
     @property

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes, cp_sizes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import states_of
@@ -63,6 +64,7 @@ class StepJob:
     fp8: str = "off"  # scaling of the layers' products in float8: `compute.fp8`
     fp8_weight_gradients: bool = False
     joint: int = 1  # micro-batches whose weight gradients are one product: `parallel.joint_weight_gradients`
+    exchanged: int = 0  # ranks that add gradients before owners get and add bf16; 0: gradients are reduce-scattered
     planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
@@ -171,9 +173,11 @@ class StepJob:
 def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> StepJob:
     """Return the step of a run of this stack in `dtype` (bf16 or fp32); `policies` has one entry per stage."""
     schedule = schedule_of(run, layout)
+    program = OURS if dtype == "bf16" else OURS_FP32
+    exchanged = run.reduces_in_bf16 and layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE
     return StepJob(
         model=run.model,
-        program=OURS if dtype == "bf16" else OURS_FP32,
+        program=replace(program, reduced_bytes=2) if run.reduces_in_bf16 else program,
         seq_len=run.data.seq_len,
         micro_batch=layout.micro_batch,
         micro_batches=layout.accumulation,
@@ -193,6 +197,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         tp_chunks=run.parallel.tp_chunks,
         fp8=run.compute.fp8,
         fp8_weight_gradients=run.compute.fp8_weight_gradients,
+        exchanged=run.parallel.gradient_neighbours if exchanged else 0,
         planned=planned_rows(run),
     )
 

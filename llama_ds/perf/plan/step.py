@@ -14,6 +14,7 @@ from llama_ds.perf.plan.communication import (
     all_gather,
     all_reduce,
     contention,
+    exchange,
     message,
     reduce_scatter,
     ring_latency,
@@ -22,10 +23,13 @@ from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Counts, StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
 from llama_ds.perf.plan.rank_spread import slowdown
+from llama_ds.perf.plan.step_ends import ChunkEnds, chunk_ends, exposed_gather, exposed_reduction
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.leading import time_between_steps
 from llama_ds.schedules.schedule import IN_A_V
 from llama_ds.schedules.simulate import StageCost, simulate
+
+_LONG = 1e9  # seconds: longer than any pass
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def step_time(gpu: Hardware, job: StepJob) -> StepTime:
     if not job.whole_model:
         return StepTime(job, stages, pipeline, bubble, 0.0, 0.0, 0.0, transfer)
     stragglers = pipeline * (slowdown(gpu, job.ranks) - 1)
-    reduction, optimizer = end_of_step(gpu, job, costs)
+    reduction, optimizer = end_of_step(gpu, job, costs, _ends(job, costs))
     host = gpu.calibration.step_ms * 1e-3
     pipeline += stragglers
     return StepTime(job, stages, pipeline, bubble, reduction, factor * optimizer, host, transfer, stragglers)
@@ -169,10 +173,8 @@ def run_schedule(job: StepJob, costs: tuple[StageCost, ...], transfer: float, wa
     micro-batches and extrapolated. Orders that are computed are not quite periodic, so that several periods of them are
     averaged.
     """
-    period = job.period
-    short, longer = 3 * period, 4 * period
-    if job.schedule in IN_A_V:
-        short, longer = (8 if job.schedule == "dualpipe_v" else 4) * period, 9 * period
+    period, short = job.period, _short(job)
+    longer = 9 * period if job.schedule in IN_A_V else short + period
     if job.micro_batches <= longer + period:
         length = _length(job, job.micro_batches, costs, transfer, wait)
         return length, _bubble(job, costs, length)
@@ -181,6 +183,13 @@ def run_schedule(job: StepJob, costs: tuple[StageCost, ...], transfer: float, wa
     second = _length(job, longer + rest, costs, transfer, wait)
     length = second + (second - first) * (job.micro_batches - longer - rest) / (longer - short)
     return length, _bubble(job, costs, length)
+
+
+def _short(job: StepJob) -> int:
+    """Return a number of micro-batches that fills the pipeline."""
+    if job.schedule in IN_A_V:
+        return (8 if job.schedule == "dualpipe_v" else 4) * job.period
+    return 3 * job.period
 
 
 def _bubble(job: StepJob, costs: tuple[StageCost, ...], length: float) -> float:
@@ -215,42 +224,86 @@ def rank_parameters(job: StepJob) -> list[int]:
     return [by_role.total() for by_role in rank_roles(job)]
 
 
-def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
-    """Return (exposed reduction, optimizer) of the rank with the longest sum."""
-    group, states, copies = job.data_group, job.state_group, job.copies_group
-    share = contention(gpu, group)
-    placement = job.placement
-    ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
-    tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
+def _ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
+    """Return the ends of the step of every rank's chunks, which do not depend on the number of micro-batches."""
+    plan, layers = job.plan(min(job.micro_batches, _short(job) + job.micro_batches % job.period)), _layers(job)
+    found = []
+    for rank in range(job.pp):
+        own = [plan.placement.stage(rank, chunk) for chunk in range(plan.placement.chunks)]
+        found.append(chunk_ends(plan.computations(rank), [costs[s] for s in own], [layers[s] for s in own]))
+    return found
+
+
+def _least_ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
+    """Return ends that hide no less than those of any order of the passes."""
+    layers = _layers(job)
+    if job.chunks == 1:
+        return [
+            [ChunkEnds(max(1, n), 0.0, c.forward, c.input_backward + c.weight_backward, 0.0)]
+            for n, c in zip(layers, costs, strict=True)
+        ]
+    held = [0] * job.pp
+    for stage, count in enumerate(layers):
+        held[job.placement.home(stage)[0]] += count
+    return [[ChunkEnds(max(1, count), 0.0, _LONG, _LONG, 0.0)] for count in held]
+
+
+def _layers(job: StepJob) -> list[int]:
+    return [sum(n for _, n in counts) for counts in job.stages]
+
+
+def end_of_step(
+    gpu: Hardware, job: StepJob, costs: list[StageCost], ends: list[list[ChunkEnds]] | None = None
+) -> tuple[float, float]:
+    """Return (exposed reduction, optimizer) of the rank with the longest sum; without `ends`, lower bounds of both."""
+    share, ends = contention(gpu, job.data_group), ends or _least_ends(job, costs)
+    placement, program = job.placement, job.program
+    outer = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
+    tied_ranks = outer if job.model.tie_word_embeddings and len(outer) > 1 else set()
     found = []
     for rank, by_role in enumerate(rank_roles(job)):
         parameters = by_role.total()
         update = update_time(gpu, job, rank, by_role).seconds
-        gradients = float(job.program.reduced_bytes) * parameters
-        scatter = reduce_scatter(gpu, states, gradients) + all_reduce(gpu, copies, gradients / states.size)
-        gather = all_gather(gpu, states, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
-        if job.program.broadcasts and job.zero_stage == 1:
-            scatter = all_reduce(gpu, group, gradients)
-            senders = min(states.size, sum(1 for _ in weights(job.model)))
-            gather += (senders - 1) * ring_latency(gpu, states)
+        scatter = _reduction(gpu, job, parameters)
+        gather = _gather(gpu, job, parameters) if job.zero_stage else 0.0 if _sums_at_end(job) else scatter
         if job.zero_stage >= 2:  # already part of every micro-batch
-            scatter = 0.0 if job.zero_stage == 3 or job.program.overlaps_reduction else scatter
+            scatter = 0.0 if job.zero_stage == 3 or program.overlaps_reduction else scatter
             gather = 0.0 if job.zero_stage == 3 else gather
-        if job.program.sums_at_end and job.pp == 1 and job.zero_stage < 2:
-            scatter = all_reduce(gpu, group, gradients)
-            gather = gather if job.zero_stage else 0.0
-        elif job.program.overlaps_reduction:
-            # These overlap the last backward and the next forward layer by layer; one layer's share is always exposed.
-            cost = costs[rank]
-            layers = sum(n for _, n in job.stages[rank]) or 1
-            scatter = _exposed(share, cost.input_backward + cost.weight_backward, scatter, layers)
-            gather = gather if job.program.broadcasts else _exposed(share, cost.forward, gather, layers)
+        if program.overlaps_reduction and not _sums_at_end(job):
+            scatter = exposed_reduction(ends[rank], scatter, share)
+            gather = gather if program.broadcasts else exposed_gather(ends[rank], gather, share)
         tied = 0.0
         if rank in tied_ranks:  # all-reduce of the tied embedding gradient over both ends of the pipeline
             pair = RankGroup(2, job.axes.stride("pp"))
-            tied = all_reduce(gpu, pair, float(job.program.reduced_bytes) * embedding_share(job))
+            tied = all_reduce(gpu, pair, float(program.reduced_bytes) * embedding_share(job))
         found.append((scatter + gather + tied, update))
     return max(found, key=sum)
+
+
+def _sums_at_end(job: StepJob) -> bool:
+    return job.program.sums_at_end and job.pp == 1 and job.zero_stage < 2
+
+
+def _reduction(gpu: Hardware, job: StepJob, parameters: int) -> float:
+    """Return the time to reduce the gradients of a rank's parameters over the data-parallel ranks."""
+    group, states, near = job.data_group, job.state_group, job.exchanged
+    size = float(job.program.reduced_bytes) * parameters
+    if _sums_at_end(job) or (job.program.broadcasts and job.zero_stage == 1):
+        return all_reduce(gpu, group, size)
+    if near:
+        far = RankGroup(group.size // near, group.stride * near)
+        return reduce_scatter(gpu, RankGroup(near, group.stride), 4.0 * parameters) + exchange(gpu, far, size / near)
+    return reduce_scatter(gpu, states, size) + all_reduce(gpu, job.copies_group, size / states.size)
+
+
+def _gather(gpu: Hardware, job: StepJob, parameters: int) -> float:
+    """Return the time to pass a rank's updated weights to the data-parallel ranks."""
+    states = job.state_group
+    seconds = all_gather(gpu, states, float(job.program.element_bytes) * parameters)
+    if job.program.broadcasts and job.zero_stage == 1:
+        senders = min(states.size, sum(1 for _ in weights(job.model)))
+        seconds += (senders - 1) * ring_latency(gpu, states)
+    return seconds
 
 
 def embedding_share(job: StepJob) -> float:
@@ -287,10 +340,3 @@ def _overlapped(compute: float, communicate: float, disturbed: float) -> float:
     `disturbed` is what the communication costs the computation if all of it is hidden.
     """
     return max(compute, communicate) + disturbed * min(1.0, compute / communicate if communicate else 0.0)
-
-
-def _exposed(share: float, compute: float, communicate: float, layers: int) -> float:
-    """Return the exposed time of communication that overlaps computation layer by layer."""
-    overlapping = compute * (1 - 1 / layers)
-    first = communicate / layers
-    return first + _overlapped(overlapping, communicate - first, share * (communicate - first)) - overlapping
