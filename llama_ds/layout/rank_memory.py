@@ -71,7 +71,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
         copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0
-        if run.reduces_in_bf16 and layout.pp > 1:  # of a layer, until it is in the place of its gradients
+        if run.reduces_in_bf16 and layout.pp > 1:  # a layer on its way to the place of its gradients
             copies += 2 * by_role[Role.HIDDEN_MATRIX] // max(1, sum(layers[stage] for stage in own))
         states = states_of(run.optimizer).nbytes(by_role, element_bytes)
         if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
