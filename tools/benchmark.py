@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -174,6 +175,7 @@ def _add_sizes(command: argparse.ArgumentParser, policy: str) -> None:
     command.add_argument(
         "--repeats", type=whole(), default=15, help="timed steps of each contestant (default: %(default)s)"
     )
+    command.add_argument("--compiled", action="store_true", help="also time transformers under torch.compile")
     add_results(command)
 
 
@@ -223,7 +225,9 @@ def _settings(args: argparse.Namespace, wanted: RunConfig, dtype: str) -> Settin
 
     batch = wanted.parallel.micro_batch if args.batch is None else args.batch
     seq_len = wanted.data.seq_len if args.seq_len is None else args.seq_len
-    return Settings(batch, seq_len, dtype, args.policy, args.threads, args.repeats)
+    if args.compiled and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("command line: --compiled needs a C++ compiler; install g++, or set CXX to another")
+    return Settings(batch, seq_len, dtype, args.policy, args.threads, args.repeats, args.compiled)
 
 
 def data(args: argparse.Namespace) -> Answer:

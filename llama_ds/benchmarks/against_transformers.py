@@ -44,12 +44,13 @@ _GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, for the norms of
 
 
 def layers(
-    run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype, fp8: bool = False
+    run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype, fp8: bool = False, compiled: bool = False
 ) -> tuple[dict[str, LayerContestant], str]:
     """Return the layers to time, with the same weights, and the attention implementation used by transformers.
 
     Our layers save all activations (`none`) or follow `policy`; with `fp8` there are ours with products in float8, too.
-    Their layer uses torch's default matmul precision, and on a CPU also ours.
+    Their layer uses torch's default matmul precision, and on a CPU also ours; with `compiled` it also runs under
+    torch.compile.
 
     Raises:
         UserError: the layer is not one of transformers' Llama.
@@ -90,6 +91,8 @@ def layers(
             theirs, lambda x: checkpoint(call, x, use_reentrant=False), torch_default, embeddings
         ),
     }
+    if compiled:
+        found["transformers_compiled"] = LayerContestant(theirs, torch.compile(call), torch_default, embeddings)
     for name, compute in _FP8.items() if fp8 else ():
         own_run = replace(run, compute=replace(run.compute, **compute))
         own = ManualBackwardLayer(layer_context(own_run, SingleRank(), device.type, dtype), 0).to(device, dtype)
@@ -108,10 +111,11 @@ def check_gradients(timings: dict[str, Timing], dtype: str) -> None:
         raise AssertionError(f"the layers compute different gradients: {norms}")
 
 
-def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]:
+def steps(run: RunConfig, batch: np.ndarray, dtype_name: str, compiled: bool = False) -> dict[str, Step]:
     """Return the steps to time, all with the same weights, rows, optimizer settings and clipping.
 
-    Their steps use torch's default matmul precision; the one with `_our_products` uses ours.
+    Their steps use torch's default matmul precision; the one with `_our_products` uses ours. With `compiled` their
+    model also runs under torch.compile, with the fused AdamW.
     """
     dtype, settings = DTYPES[dtype_name], run.optimizer
     rows = torch.from_numpy(batch)
@@ -121,14 +125,15 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     policies = [run.parallel.recompute] * run.model.num_hidden_layers
     ours = Llama(context, NextTokenLoss(context.tp), policies).to(dtype)
 
-    def theirs(fused: bool | None) -> Step:
+    def theirs(fused: bool | None, compiled: bool = False) -> Step:
         model = transformers_model(run, ours, dtype)
+        call = torch.compile(model) if compiled else model
         optimizer = torch.optim.AdamW(
             model.parameters(), LEARNING_RATE, settings.betas, settings.eps, settings.weight_decay, fused=fused
         )
 
         def loss() -> Tensor:
-            return model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
+            return call(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
 
         return training_step(model, optimizer, settings.clip, loss)
 
@@ -137,10 +142,12 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     own = training_step(ours, own_optimizer, settings.clip, lambda: ours(ids, labels))
     chosen = torch.get_float32_matmul_precision()
     gemms = gemm_step(run.model, ids.numel(), dtype)
+    extra = {"transformers_compiled": with_matmul_precision(theirs(True, compiled), torch_default)} if compiled else {}
     return {
         "transformers": with_matmul_precision(theirs(fused=None), torch_default),
         "transformers_fused_adamw": with_matmul_precision(theirs(fused=True), torch_default),
         "transformers_our_products": with_matmul_precision(theirs(fused=True), chosen),
+        **extra,
         "llama_ds_model": with_matmul_precision(own, chosen),
         "llama_ds_engine": with_matmul_precision(_engine_step(run, batch), chosen),
         "gemms": with_matmul_precision(gemms, torch_default),

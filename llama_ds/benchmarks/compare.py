@@ -30,6 +30,7 @@ class Settings:
     policy: str  # save policy of our layers
     threads: int
     repeats: int
+    compiled: bool  # whether transformers is also timed under torch.compile
 
 
 def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, An
     )
     shape = (settings.batch, settings.seq_len + 1)
     batch = np.random.default_rng(0).integers(0, run.model.vocab_size, shape)
-    timings = _timed(against_transformers.steps(run, batch, settings.dtype), settings.repeats)
+    timings = _timed(against_transformers.steps(run, batch, settings.dtype, settings.compiled), settings.repeats)
     against_transformers.check_losses(timings, settings.dtype)
     return step_results(run.model, {**asdict(settings), "zero": zero}, timings)
 
@@ -75,7 +76,7 @@ def measure_layer(
     run = replace(run, parallel=ParallelConfig(micro_batch=settings.batch))
     if fp8:
         check_fp8(replace(run, compute=replace(run.compute, fp8="delayed", fp8_weight_gradients=True)))
-    contestants, attention = against_transformers.layers(run, settings.policy, device, dtype, fp8)
+    contestants, attention = against_transformers.layers(run, settings.policy, device, dtype, fp8, settings.compiled)
     steps = {name: contestant.step(x, grad) for name, contestant in contestants.items()}
     measured = {name: (c.saved_bytes(x), c.peak_bytes(steps[name], device)) for name, c in contestants.items()}
     timings = _timed(steps, settings.repeats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,15 +17,17 @@ TINY = ("model.vocab_size=64", "model.hidden_size=16", "model.intermediate_size=
 HEADS = ("model.num_attention_heads=4", "model.num_key_value_heads=2")
 
 
-def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
-    return warm.run(ROOT / "tools" / "benchmark.py", *args)
+def benchmark(*args: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | warm.SETTINGS | settings
+    return warm.run(ROOT / "tools" / "benchmark.py", *args, environment=environment)
 
 
 @pytest.mark.slow
 def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "measured" / "tiny.json"
     sizes = ("--batch", 2, "--seq-len", 8, "--threads", 1, "--repeats", 2, "--json", "--out", out)
-    done = benchmark("step", *sizes, *TINY, *HEADS)
+    uncompiled = {"TORCH_COMPILE_DISABLE": "1"}  # compiling takes 45 s of CPU
+    done = benchmark("step", "--compiled", *sizes, *TINY, *HEADS, **uncompiled)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert json.loads(out.read_text()) == found
@@ -33,6 +36,7 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
         "transformers",
         "transformers_fused_adamw",
         "transformers_our_products",
+        "transformers_compiled",
         "llama_ds_model",
         "llama_ds_engine",
         "gemms",
@@ -47,6 +51,8 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
                 assert found[f"time_over_{floor}"][name] == step["median_s"] / steps[floor]["median_s"]
     ours = steps["llama_ds_model"]["median_s"]
     assert found["speed_over_transformers"]["llama_ds_model"] == steps["transformers"]["median_s"] / ours
+    theirs = [steps[f"transformers{kind}"]["median_s"] for kind in ("", "_fused_adamw", "_compiled")]
+    assert found["speed_over_fastest_transformers"]["llama_ds_model"] == min(theirs) / ours
     assert (found["batch"], found["seq_len"], found["shape"]["hidden_size"]) == (2, 8, 16)
 
 
@@ -107,3 +113,6 @@ def test_impossible_numbers_are_one_line_and_exit_2() -> None:
         assert done.returncode == 2 and "Traceback" not in done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: ") and word in line
+    done = benchmark("layer", "--compiled", CXX="absent-c++")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: command line: --compiled needs a C++ compiler")
