@@ -34,6 +34,7 @@ from llama_ds.experiments.attempts import ENDS
 from llama_ds.experiments.goodput import goodput
 from llama_ds.experiments.goodput_report import as_data
 from llama_ds.experiments.records import read_run
+from llama_ds.machine import cpu_name
 from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -197,7 +198,7 @@ def record(
         return
     known: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": "2-core AMD EPYC VM, CPU only",
+        "machine": f"{os.cpu_count()} cores of {cpu_name()}, CPU only",
         "load_1_min": round(os.getloadavg()[0], 2),
         "seed": SEED,
         "every_s": EVERY_S,
