@@ -5,7 +5,8 @@
 - `checkpoint.compare_norms`: each rank's own gradient norm is compared with its peers'.
 - `checkpoint.compare_states`: masters and moments must be as the step before has left them.
 
-Together they cost one all-gather of a few integers a step, which synchronises with the device.
+Together they cost one all-gather of a few integers a step, which synchronises with the device. Also without them, a
+step is refused if replicas have different norms of the same reduced gradient (`parallel/whole_gradients.py`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from llama_ds.parallel import world
 from llama_ds.parallel.gradient_norms import LocalGradientNorm
 from llama_ds.parallel.optimizer_state import flat_states
 from llama_ds.parallel.replicas import checksum
+from llama_ds.parallel.whole_gradients import NormsDiffer, different, own_norm, whole_gradients
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.gradient_outliers import GradientOutliers, Outlier
 from llama_ds.training.layer_check import LayerCheck
-from llama_ds.training.rank_names import ADVICE, named
+from llama_ds.training.rank_names import ADVICE, MOST_NAMED, named
 from llama_ds.training.replica_check import ReplicaCheck
 
 
@@ -71,11 +73,14 @@ class StepChecks:
         self._lines: list[str] = []
         optimizer = engine.deepspeed.optimizer
         self._take = optimizer.step
-        if self._checks:
+        self._layout, self._engine, self._hosts = layout, engine, hosts
+        self._step = 0
+        if self._checks or whole_gradients(engine.deepspeed):
             optimizer.step = self._checked
 
     def before_step(self, step: int) -> None:
         """Prepare for the step that will be the `step`-th."""
+        self._step = step
         for check in self._checks:
             check.before_step(step)
 
@@ -106,9 +111,25 @@ class StepChecks:
 
     def _checked(self, *arguments: Any, **options: Any) -> Any:
         self.examine()
-        result = self._take(*arguments, **options)
+        try:
+            result = self._take(*arguments, **options)
+        except NormsDiffer:
+            raise self._norms_differ() from None
         self.after_step()
         return result
+
+    def _norms_differ(self) -> Corruption:
+        """Return the error for replicas with different norms of the same gradient. Collective."""
+        norms = np.array(world.gather(own_norm(self._engine.deepspeed.optimizer)))
+        wrong = sorted(rank for group in self._layout.groups("dp", "cp") for rank in different(norms, group))
+        wrong = wrong or list(range(len(norms)))  # the sum over tensor-parallel ranks was wrong
+        shown = ", ".join("not finite" if norms[rank] < 0 else f"{norms[rank]:.5g}" for rank in wrong[:MOST_NAMED])
+        return Corruption(
+            f"CORRUPTION: in step {self._step} the norm of the reduced gradient of {named(wrong, self._hosts)} "
+            f"is not that of the other replicas, but {shown}; the step is not taken; {ADVICE}",
+            wrong,
+            self._step - 1,
+        )
 
 
 class NormCheck:

@@ -22,6 +22,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.grid import grid
+from llama_ds.parallel.whole_gradients import compare_norms
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -55,6 +56,7 @@ def build_single_stage(
     optimizer = build_optimizer(decay_groups(module, run.optimizer, run.model), run, config) if updates else None
     if not updates:  # ZeRO-1 and 2 cut the states of an optimizer
         config = config | {"zero_optimization": {"stage": 0}}
+    compare_norms()
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     if updates:

@@ -16,6 +16,7 @@ from llama_ds.model.decoder import Ids
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.stock_trace import trace_instructions
+from llama_ds.parallel.whole_gradients import compare_norms
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -36,6 +37,7 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
     optimizer = build_optimizer(decay_groups(module, run.optimizer, run.model), run, config)
+    compare_norms()
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
