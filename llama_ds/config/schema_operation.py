@@ -133,7 +133,8 @@ class CheckpointConfig(Section):
     compare_replicas: Annotated[
         int,
         Key(
-            "Interval between comparisons of the weights of data-parallel replicas, also before each save; 0: none.",
+            "Interval between comparisons of the weights of data-parallel replicas, also before each save, and of the "
+            "reduced gradients that they hold whole; 0: none.",
             "steps",
             NOT_NEGATIVE,
         ),

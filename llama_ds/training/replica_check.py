@@ -1,4 +1,4 @@
-"""Ends a run whose data-parallel replicas hold different weights, before a step is taken with them or saved."""
+"""Ends a run whose data-parallel replicas hold different weights or gradients, before a step is taken or saved."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.parallel import world
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.replicas import checksum, vote
+from llama_ds.parallel.whole_gradients import whole_gradients
 from llama_ds.training.rank_names import ADVICE, named
 
 
@@ -22,8 +23,8 @@ class ReplicaCheck:
     """Compares weights every `checkpoint.compare_replicas` steps and before each save.
 
     One of the checks of `training/step_checks.py`: the weights that a step has computed with must be equal before it is
-    taken. Under ZeRO-3 no rank holds whole weights, and without replicas there is nothing to compare: then it does
-    nothing.
+    taken, and so must reduced gradients where every replica holds them whole. Under ZeRO-3 no rank holds whole weights,
+    and without replicas there is nothing to compare: then it does nothing.
     """
 
     def __init__(self, run: RunConfig, layout: Layout, engine: Any, hosts: Sequence[str], device: torch.device) -> None:
@@ -40,17 +41,21 @@ class ReplicaCheck:
         self._step = step
 
     def numbers(self) -> Tensor | None:
-        """Return two sums over the bits of this rank's weights if a comparison is due."""
-        return None if self._step % self.interval else checksum(self._engine.module.parameters())
+        """Return two sums over the bits of this rank's weights, and of its gradients, if a comparison is due."""
+        if self._step % self.interval:
+            return None
+        tensors = self._engine.module.parameters(), whole_gradients(self._engine)
+        return torch.cat([checksum(some).to(self._device) for some in tensors])
 
     def judge(self, every: np.ndarray) -> list[str]:
-        """Compare the sums (R, 2) of all ranks.
+        """Compare the sums (R, 4) of all ranks.
 
         Raises:
             Corruption: on all ranks alike: replicas differ.
         """
-        self._compare(every, f"in step {self._step}", "taken")
+        self._compare(every[:, :2], f"in step {self._step} the weights", "taken")
         self._good = self._step - 1
+        self._compare(every[:, 2:], f"in step {self._step} the reduced gradients", "taken")
         return []
 
     def after_step(self) -> None:
@@ -68,17 +73,16 @@ class ReplicaCheck:
         if isinstance(optimizer, PipelineOptimizer):  # the next forward would wait for the weights of other replicas
             optimizer.finish()
         sums = checksum(self._engine.module.parameters())
-        self._compare(world.gather_numbers(sums.tolist(), self._device), f"after step {done}", "saved")
+        self._compare(world.gather_numbers(sums.tolist(), self._device), f"after step {done} the weights", "saved")
         self._good = done - 1
 
-    def _compare(self, sums: np.ndarray, when: str, verb: str) -> None:
+    def _compare(self, sums: np.ndarray, what: str, verb: str) -> None:
         wrong = sorted(rank for group in self._groups for rank in vote(sums, group))
         if wrong:
             minority = not any(set(group) <= set(wrong) for group in self._groups)
             whose = "differ from those of the other replicas" if minority else "differ from each other"
             raise Corruption(
-                f"CORRUPTION: {when} the weights of {named(wrong, self._hosts)} {whose}; the step is not {verb}; "
-                f"{ADVICE}",
+                f"CORRUPTION: {what} of {named(wrong, self._hosts)} {whose}; the step is not {verb}; {ADVICE}",
                 wrong,
                 self._good,
             )

@@ -14,6 +14,7 @@ from llama_ds.errors import Corruption
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.parallel import world
 from llama_ds.parallel.replicas import checksum, vote
+from llama_ds.parallel.whole_gradients import different
 from llama_ds.training.replica_check import ReplicaCheck
 
 LAYOUT = ["parallel.tp=1", "parallel.sequence_parallel=false", "parallel.micro_batch=1", "training.global_batch=12"]
@@ -88,3 +89,13 @@ def test_the_vote() -> None:
     assert vote(sums, [0, 1, 2, 3, 4]) == [2, 4]
     assert vote(sums, [0, 2]) == [0, 2], "of two, either may be right"
     assert vote(sums, [0, 1, 2, 4]) == [0, 1, 2, 4], "half is no majority"
+
+
+def test_the_vote_on_norms() -> None:
+    """-1 is a norm that is not finite: of two replicas, it is the one with the flipped bit."""
+    norms = np.array([1.0, 1.00005, 1.2, -1.0, 1.0, -1.0])
+    assert different(norms, [0, 1, 4]) == []
+    assert different(norms, [0, 1, 2]) == [2]
+    assert different(norms, [0, 3]) == [3]
+    assert different(norms, [0, 2]) == [0, 2], "of two finite ones, either may be right"
+    assert different(norms, [3, 5]) == [], "all skip the step"
