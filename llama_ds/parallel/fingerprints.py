@@ -8,6 +8,7 @@ two tensors has norm d, their projections differ by about d: they bound it where
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -59,10 +60,17 @@ def agree(first: np.ndarray, second: np.ndarray, exact: bool) -> np.ndarray:
 
 
 def _signs(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return (count, 3) random signs, which are the same on every rank."""
+    """Return (count, 3) random signs, which are the same on every rank; those that take little memory are kept."""
+    return (_kept_signs if count <= _COLUMNS else _new_signs)(count, seed, device)
+
+
+def _new_signs(count: int, seed: int, device: torch.device) -> Tensor:
     numbers = torch.arange(seed, seed + _PROJECTIONS * count, device=device, dtype=torch.int64)
     for factor in (-7046029254386353131, -4658895280553007687):  # the mixing of splitmix64
         numbers = numbers * factor
         numbers = numbers ^ (numbers >> 29)
     signs = (numbers & 1) * 2 - 1
     return signs.view(_PROJECTIONS, count).t().to(torch.float64 if seed == 2 else torch.float32)
+
+
+_kept_signs = lru_cache(64)(_new_signs)

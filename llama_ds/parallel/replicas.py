@@ -8,13 +8,14 @@ cancel in one of the sums, but hardly in both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _COLUMNS = 1024
+_SMALL = 2**16  # elements
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their bytes
 
 
@@ -22,10 +23,22 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # inte
 def checksum(weights: Iterable[Tensor]) -> Tensor:
     """Return two int64 sums (2,) over the bits of weights, on their device, without a host synchronisation."""
     total: Tensor | None = None
-    for number, weight in enumerate(weights):
-        sums = _sums(weight.detach().reshape(-1)) * (2 * number + 1)
+    for number, weight in enumerate(_joined(weights)):
+        sums = _sums(weight) * (2 * number + 1)
         total = sums if total is None else total + sums
     return torch.zeros(2, dtype=torch.int64) if total is None else total
+
+
+def _joined(weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield weights as vectors, small ones of one dtype as one: each operation costs more than reading them."""
+    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for weight in weights:
+        flat = weight.detach().reshape(-1)
+        if flat.numel() <= _SMALL:
+            small.setdefault((flat.dtype, flat.device), []).append(flat)
+        else:
+            yield flat
+    yield from (torch.cat(flats) if len(flats) > 1 else flats[0] for flats in small.values())
 
 
 def vote(checksums: np.ndarray, group: Sequence[int]) -> list[int]:
