@@ -17,7 +17,7 @@ from llama_ds.job.folder import Job
 from llama_ds.job.wire import Beat, Phase
 from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
-from llama_ds.launch.supervise.host_pool import HostPool, first_slots, largest_world
+from llama_ds.launch.supervise.host_pool import DRAINED, HostPool, first_slots, largest_world
 from llama_ds.launch.supervise.processes import HostProcesses
 from llama_ds.launch.supervise.server import Member
 from llama_ds.launch.supervise.spikes import WINDOW, SpikeRule
@@ -195,6 +195,24 @@ def test_strikes_decay_and_the_worst_host_makes_place_first(run: RunConfig) -> N
     assert (
         list(host_pool.choose([host for host in host_pool.all_hosts if host != "node100"]))[7:10] == list(chosen)[7:10]
     )
+
+
+def test_a_host_with_wrong_numbers_makes_place_as_soon_as_there_is_another(run: RunConfig) -> None:
+    """It is taken while no other host is there; one that only failed keeps its place, and its copies of states."""
+    at = 0.0
+    host_pool = HostPool(run, HOSTS, now=lambda: at)
+    host_pool.blame(["node007"], DRAINED)
+    host_pool.blame(["node008"] * 3)
+    assert host_pool.choose(list(HOSTS)) == HOSTS
+    host_pool.replace(HOSTS, {"spare1": 8, "spare2": 8})
+    chosen = host_pool.choose(list(host_pool.all_hosts))
+    assert list(chosen)[7:9] == ["spare1", "node008"]
+    bad = {"node100", "spare2"}
+    back = host_pool.choose([host for host in host_pool.all_hosts if host not in bad])
+    assert list(back)[100] == "node007", "better than fewer ranks"
+    at = 11 * 86400.0
+    host_pool.replace(HOSTS, {"spare1": 8, "spare2": 8})
+    assert host_pool.choose(list(host_pool.all_hosts)) == back, "its strikes have decayed"
 
 
 def test_hosts_that_are_added_to_the_hostfile_are_used_or_are_spares(run: RunConfig) -> None:

@@ -27,6 +27,7 @@ class HostPool:
     _blamed: dict[str, tuple[float, float]] = field(default_factory=dict)  # strikes by host, and when they were counted
     _chosen: dict[str, int] = field(default_factory=dict)  # the hosts of the last attempt, {} before the first choice
     _recent: set[str] = field(default_factory=set)  # hosts that were blamed since that choice
+    _drained: set[str] = field(default_factory=set)  # hosts that have had wrong numbers
 
     @property
     def all_hosts(self) -> dict[str, int]:
@@ -55,6 +56,8 @@ class HostPool:
         for host in hosts:
             self._blamed[host] = self.strikes.get(host, 0.0) + strikes, self.now()
         self._recent.update(hosts)
+        if strikes >= DRAINED:
+            self._drained.update(hosts)
 
     def choose(self, good: list[str]) -> dict[str, int]:
         """Return the hosts of the next attempt with their slots, chosen among the hosts that are `good`.
@@ -68,7 +71,9 @@ class HostPool:
         good, strikes = [host for host in good if host in self.all_hosts], self.strikes
         worst = sorted((host for host in good if strikes.get(host, 0.0) >= STRIKES), key=lambda host: -strikes[host])
         # One that was taken all the same keeps its place until it fails again: it may hold the only copy of a state.
-        struck = [host for host in worst if host in self._recent or host not in self._chosen]
+        # But one that has had wrong numbers is replaced: a state on disk is better than the next wrong number.
+        again = self._recent | self._drained
+        struck = [host for host in worst if host in again or host not in self._chosen]
         # Hosts that were added to the hostfile during the job, and that no layout of the run can use, are spares too.
         lines = first_slots(self.hosts, largest_world(self.run, sum(self.hosts.values())) or 0)
         if list(self._chosen.values()) == list(lines.values()):
