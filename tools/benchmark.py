@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     _add_tensor_options(add("tensor", tensor, "waits of decoder layers for tensor-parallel collectives, by chunks"))
     command = add("flips", flips, "random bit flips in a small run, and which of them its checks find")
     command.add_argument("--ranks", type=whole(2), default=3, help="replicas (default: %(default)s)")
-    command.add_argument("--flips", type=whole(), default=84, help="flips at each of 12 sites (default: %(default)s)")
+    command.add_argument("--flips", type=whole(0), default=84, help="flips at each of 13 sites (default: %(default)s)")
     command.add_argument("--clean", type=whole(), default=1000, help="steps without flips (default: %(default)s)")
     command.add_argument("--seed", type=whole(0), default=0, help="(default: %(default)s)")
     words = "time for them, after which there are fewer; 0: no limit (default: %(default)s)"

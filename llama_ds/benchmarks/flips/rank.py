@@ -30,10 +30,11 @@ from llama_ds.errors import Corruption
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import flat_states
+from llama_ds.parallel.whole_gradients import whole_gradients
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.step_checks import StepChecks
 
-LAYERS, VOCAB, TOKENS, MICRO_BATCHES, RATE = 2, 128, 32, 2, 1e-3
+LAYERS, VOCAB, TOKENS, RATE = 2, 128, 32, 1e-3
 CPU = torch.device("cpu")
 MODEL = {
     "vocab_size": VOCAB,
@@ -50,16 +51,29 @@ class RecordedChecks(StepChecks):
     """Checks that write down what they find instead of raising it."""
 
     found: Corruption | None = None
-    before_update: Callable[[], None] | None = None
+    after: Callable[[str], None] | None = None
+    gradients: list[torch.Tensor]  # those of the last update, or of the one that was refused
 
     def examine(self) -> None:
         self.found = None
+        if self.after:
+            self.after("reduction")
         try:
             super().examine()
         except Corruption as error:
             self.found = error
-        if self.before_update:
-            self.before_update()
+        if self.after:
+            self.after("checks")
+        self.gradients = [gradient.double() for gradient in whole_gradients(self._engine.deepspeed)]
+
+    def _checked(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super()._checked(*arguments, **options)
+        except Corruption as error:
+            self.found = self.found or error
+            optimizer = self._engine.deepspeed.optimizer
+            optimizer.clear_hp_grads()
+            optimizer.clear_lp_grads()
 
 
 class Trials:
@@ -73,6 +87,7 @@ class Trials:
         hosts = [f"node{number}" for number in range(request.ranks)]
         self._checks = RecordedChecks(self._run, layout, self._engine, rank, hosts, CPU)
         self._rows = np.random.default_rng((request.seed, rank))
+        self._row: np.ndarray
         self._step, self._saved = 0, list[torch.Tensor]()
         for _ in range(3):
             self.step()
@@ -85,21 +100,35 @@ class Trials:
             found = world.gather(self._stored.trial(flip) if self._rank == flip.rank else "")[flip.rank]
             return {**asdict(flip), "found": found, "ranks": [flip.rank] if found else [], "norm": 0.0}
         flips = flipped(self._engine, flip, self._step % LAYERS, LAYERS)
-        with flips if self._rank == flip.rank else nullcontext() as self._checks.before_update:
+        with flips if self._rank == flip.rank else nullcontext() as self._checks.after:
             norm, _ = self.step()
-        self._checks.before_update = None
-        error = self._checks.found
+        self._checks.after = None
+        error, gradients = self._checks.found, self._checks.gradients
         self._restore()
-        what = "" if error is None else str(error)
-        return {**asdict(flip), "found": what, "ranks": [] if error is None else list(error.ranks), "norm": norm}
+        result = {**asdict(flip), "found": str(error or ""), "ranks": list(error.ranks) if error else [], "norm": norm}
+        return result if error else result | {"change": self._change(gradients)[flip.rank]}
 
     def step(self) -> tuple[float, list[str]]:
         """Take a step on random rows; return the gradient norm, and what the checks report. Collective."""
         self._step += 1
-        self._checks.before_step(self._step)
-        rows = (self._rows.integers(0, VOCAB, (1, TOKENS + 1)) for _ in range(MICRO_BATCHES))
-        _, norm = self._engine.read(self._engine.train_step(rows, RATE))
+        self._row = self._rows.integers(0, VOCAB, (1, TOKENS + 1))
+        norm = self._take()
         return norm, self._checks.lines()
+
+    def _take(self) -> float:
+        self._checks.before_step(self._step)
+        return self._engine.read(self._engine.train_step(iter([self._row]), RATE))[1]
+
+    def _change(self, gradients: list[torch.Tensor]) -> list[float]:
+        """Take the last step again, without a flip; return by how much the gradients of all ranks differ from its own.
+
+        Relative to its norm. Collective.
+        """
+        self._take()
+        intact = self._checks.gradients
+        self._restore()
+        apart = [one - other for one, other in zip(gradients, intact, strict=True)]
+        return world.gather(_norm(apart) / _norm(intact))
 
     @property
     def found(self) -> Corruption | None:
@@ -119,6 +148,10 @@ class Trials:
         yield from flat_states(self._engine.deepspeed)
 
 
+def _norm(tensors: list[torch.Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.cat([tensor.view(-1) for tensor in tensors])))
+
+
 def small_run(ranks: int, folder: Path) -> RunConfig:
     """Return the run."""
     (folder / "tokenizer.model").write_bytes(b"of no meaning here")
@@ -126,7 +159,7 @@ def small_run(ranks: int, folder: Path) -> RunConfig:
         **{f"model.{key}": value for key, value in MODEL.items()},
         **{f"checkpoint.{key}": value for key, value in CHECKS.items()},
         **{"parallel.pp": 1, "parallel.tp": 1, "parallel.sequence_parallel": "false", "parallel.micro_batch": 1},
-        **{"training.global_batch": MICRO_BATCHES * ranks, "data.seq_len": TOKENS, "evaluation.rows": 0},
+        **{"training.global_batch": ranks, "parallel.recompute": "none", "data.seq_len": TOKENS, "evaluation.rows": 0},
         **{"output_dir": str(folder), "data.tokenizer": str(folder / "tokenizer.model")},
     }
     return load_run(find_run_file("quickstart"), [f"{key}={value}" for key, value in changes.items()])

@@ -15,6 +15,7 @@ IN_STEP = (
     "weight gradients of the checked layer",
     "weight gradients of another layer",
     "gradients after the reduction",
+    "gradients after the checks",
 )
 STORED = ("state in memory", "state on its way to another host", "checkpoint file")
 SITES = IN_STEP + STORED

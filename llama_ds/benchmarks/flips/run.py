@@ -12,7 +12,9 @@ from typing import Any
 from llama_ds.benchmarks.flips.request import SITES, FlipRequest
 from llama_ds.benchmarks.ranks import start_ranks
 from llama_ds.errors import UserError
+from llama_ds.machine import cpu_name
 
+_DEVIATIONS = 1.96  # standard deviations, within which 95 percent of a normal distribution are
 SUMS = ("clean_steps", "reports_in_clean_steps", "flipping_s", "clean_s")
 
 
@@ -42,7 +44,7 @@ def together(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         for site, counts in later["sites"].items()
     }
     sums = {name: round(earlier[name] + later[name], 1) for name in SUMS}
-    lists = {name: earlier[name] + later[name] for name in ("seeds", "false_alarms")}
+    lists = {name: earlier[name] + later[name] for name in ("seeds", "false_alarms", "missed")}
     return {**later, **sums, **lists, "sites": sites}
 
 
@@ -54,9 +56,10 @@ def measure(request: FlipRequest, folder: Path) -> dict[str, Any]:
     return {
         "settings": asdict(request),
         "seeds": [request.seed],
-        "cores": os.cpu_count(),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "sites": sites,
         "clean_steps": result["clean"],
+        "missed": [_missed(trial) for trial in result["trials"] if not trial["found"]],
         "false_alarms": result["alarms"],
         "reports_in_clean_steps": len(result["reports"]),
         "flipping_s": round(result["flipping_s"], 1),
@@ -76,20 +79,36 @@ def _counts(trials: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def _missed(trial: dict[str, Any]) -> str:
+    bit = trial["bit"] % (16 if trial["site"].startswith("activations") else 32)
+    return f"{trial['site']}: bit {bit}, the gradient changed by {trial.get('change', 0.0):.2g} of its norm"
+
+
 def table(found: dict[str, Any]) -> str:
     """Return the results as text."""
     settings, sites = found["settings"], found["sites"]
     flips = sum(site["flips"] for site in sites.values())
     lines = [
         f"{flips:,} flips of a bit, {settings['ranks']} replicas, bf16, ZeRO-1, every check in every step",
-        f"{'site':40} {'flips':>6} {'found':>7} {'right rank':>11} {'it alone':>9} {'step skipped':>13}",
+        f"{'site':38} {'flips':>5} {'found':>6} {'(95 percent)':>15} {'right rank':>10} {'alone':>6} {'skipped':>7}",
     ]
     for name, site in sites.items():
+        low, high = interval(site["found"], site["flips"])
         share = f"{site['found'] / site['flips']:.1%}" if site["flips"] else ""
-        counts = f"{site['right_rank']:>11} {site['only_it']:>9} {site['left_out']:>13}"
-        lines.append(f"{name:40} {site['flips']:>6} {share:>7} {counts}")
+        counts = f"{site['right_rank']:>10} {site['only_it']:>6} {site['left_out']:>7}"
+        lines.append(f"{name:38} {site['flips']:>5} {share:>6} {f'{low:.1%} - {high:.1%}':>15} {counts}")
+    clean, alarms = found["clean_steps"], len(found["false_alarms"])
     lines.append(
-        f"{found['clean_steps']:,} steps without flips: {len(found['false_alarms'])} false alarms, "
-        f"{found['reports_in_clean_steps']} reported gradient norms"
+        f"{clean:,} steps without flips: {alarms} false alarms ({interval(alarms, clean)[1]:.2%} of the steps at most, "
+        f"with 95 percent certainty), {found['reports_in_clean_steps']} reported gradient norms"
     )
     return "\n".join(lines)
+
+
+def interval(count: int, total: int) -> tuple[float, float]:
+    """Return the 95 percent confidence interval of a share (E. B. Wilson, JASA 22, 1927)."""
+    if not total:
+        return 0.0, 1.0
+    share, square = count / total, _DEVIATIONS**2 / total
+    middle, half = share + square / 2, _DEVIATIONS * math.sqrt(share * (1 - share) / total + square / total / 4)
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))

@@ -30,8 +30,8 @@ def flip_bit(tensor: Tensor, flip: Flip, force: bool = False) -> None:
 
 
 @contextmanager
-def flipped(engine: Engine, flip: Flip, checked: int, layers: int) -> Iterator[Callable[[], None]]:
-    """Flip before or in the step that is taken inside; the yielded function is called before the optimizer's step.
+def flipped(engine: Engine, flip: Flip, checked: int, layers: int) -> Iterator[Callable[[str], None]]:
+    """Flip before or in the step that is taken inside; the yielded function is called after its reduction and checks.
 
     `checked` is the number of the layer that is computed again, of `layers`.
     """
@@ -39,28 +39,25 @@ def flipped(engine: Engine, flip: Flip, checked: int, layers: int) -> Iterator[C
     other = (checked + 1 + int(flip.layer * (layers - 1))) % layers
     layer = checked if flip.site.endswith("the checked layer") else other
     site: Any = nullcontext()
-    late: list[Tensor] = []  # flipped before the optimizer's step
     if flip.site == "weights":
         flip_bit(_drawn(list(module.parameters()), flip), flip)
     elif flip.site in ("masters", "moments"):
         states = list(flat_states(engine.deepspeed))
         kinds = states[::3] if flip.site == "masters" else [state for i, state in enumerate(states) if i % 3]
         flip_bit(_drawn(kinds, flip), flip)
-    elif flip.site == "gradients after the reduction":
-        late = [_drawn(engine.deepspeed.optimizer.fp32_groups_gradient_flat_partition, flip)]
     elif flip.site.startswith("weight gradients"):
         decoders = [part for part in module.modules() if isinstance(part, DecoderLayer)]
         site = _in_gradient(engine, _drawn([p for p in decoders[layer].parameters() if p.dim() > 1], flip), flip)
-    else:
+    elif flip.site.startswith("activations"):
         always = flip.site == "activations, always the same bit"
         site = patch.object(manual_backward, "swiglu", _in_product(flip, layer, always))
 
-    def before_update() -> None:
-        for tensor in late:
-            flip_bit(tensor, flip)
+    def after(part: str) -> None:
+        if flip.site == f"gradients after the {part}":
+            flip_bit(_drawn(engine.deepspeed.optimizer.fp32_groups_gradient_flat_partition, flip), flip)
 
     with site:
-        yield before_update
+        yield after
 
 
 def _drawn(tensors: list[Any], flip: Flip) -> Tensor:
