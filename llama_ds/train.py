@@ -71,17 +71,35 @@ def main() -> int:
         )
         return UserError.EXIT_CODE
 
+    if arguments.dry_run:
+        with world.failing_together():
+            describe(arguments)
+        return 0
+    if VARIABLE not in os.environ:
+        return take_part(arguments)
+    from llama_ds.parallel import leaving
+
+    at_start, undo = dict(os.environ), leaving.state_of_process()
+    while True:
+        try:
+            return take_part(arguments)
+        except leaving.Left as left:
+            dropped = left.dropped
+        departure = REQUESTS.departure
+        assert departure
+        if not leaving.leave(departure, dropped, undo):
+            return 1
+        sys.argv = departure.become_next(at_start)
+        REQUESTS.begin_again()
+        arguments = parse(sys.argv[1:])
+
+
+def take_part(arguments: argparse.Namespace) -> int:
+    """Train as a rank of the job or attempt that the environment describes; return the exit code. Collective."""
+    from llama_ds.parallel import world
+
     heartbeat = Heartbeat(REQUESTS)
     with world.failing_together(heartbeat.tell, REQUESTS.close_outputs) as end:
-        if arguments.dry_run:
-            from llama_ds.layout.recompute import with_device_memory
-            from llama_ds.training.plan import describe_stages
-
-            run, _, config = resolve(arguments, arguments.world or 1)
-            check_packages(run.path, run.logging.boards)
-            run = with_device_memory(run, world.device_memory(world.device()))
-            print(describe_stages(run, arguments.world or 1, config))
-            return 0
         rank_info = world.find_rank_info()
         log.setup(quiet=rank_info.rank != 0)
         job = current(os.environ)
@@ -91,7 +109,7 @@ def main() -> int:
             check_world(job, rank_info.rank, rank_info.world)
             keep_output(job, rank_info.rank)
             os.environ.update(job.secrets())
-            heartbeat.begin(job, rank_info.rank)
+            heartbeat.begin(job, rank_info.rank, can_leave=world.backend() == "gloo")
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         if rank_info.world > 1:
             REQUESTS.enter(Stage.JOINING)
@@ -135,6 +153,18 @@ def train_until_asked(
         of_launcher = current(os.environ) is not None
         return INTERRUPTED if early.request is Request.INTERRUPT else 0 if of_launcher else TERMINATED
     return INTERRUPTED if ended is Request.INTERRUPT else 0
+
+
+def describe(arguments: argparse.Namespace) -> None:
+    """Print the plan of --dry-run."""
+    from llama_ds.layout.recompute import with_device_memory
+    from llama_ds.parallel import world
+    from llama_ds.training.plan import describe_stages
+
+    run, _, config = resolve(arguments, arguments.world or 1)
+    check_packages(run.path, run.logging.boards)
+    run = with_device_memory(run, world.device_memory(world.device()))
+    print(describe_stages(run, arguments.world or 1, config))
 
 
 def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layout, dict[str, Any]]:

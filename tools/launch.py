@@ -107,6 +107,18 @@ def parser() -> argparse.ArgumentParser:
         help="keep a process with all imports on every host and spare, from which restarts start (default: on)",
     )
     watch.add_argument(
+        "--keep-ranks",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="ranks without a fault take part in the next attempt as the same processes, with gloo (default: off)",
+    )
+    watch.add_argument(
+        "--leave-s",
+        type=seconds,
+        default=10.0,
+        help="with --keep-ranks: time for them to leave the broken attempt (default: %(default)s)",
+    )
+    watch.add_argument(
         "--max-restarts", type=whole(0), default=5, help="consecutive restarts without progress (default: %(default)s)"
     )
     watch.add_argument(
@@ -180,6 +192,11 @@ def report(args: argparse.Namespace) -> Answer:
 
 def launch(args: argparse.Namespace) -> int:
     """Start the job and supervise it to its end."""
+    if args.keep_ranks and not (args.supervise and args.warm_processes and args.launcher == "pdsh"):
+        raise UserError(
+            "--keep-ranks: keeps ranks that a restart would fork from warm processes; it needs --supervise and "
+            "--launcher pdsh, without --no-warm-processes"
+        )
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
     check_packages(wanted.path, wanted.logging.boards)
@@ -279,6 +296,7 @@ def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, 
         beat_s=args.beat_s,
         orphan_s=args.orphan_s,
         warm=args.warm_processes,
+        leave_s=args.leave_s if args.keep_ranks else 0.0,
     )
 
 

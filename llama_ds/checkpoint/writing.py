@@ -17,6 +17,7 @@ another folder, which is moved away before this attempt's first save. Their step
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -93,19 +94,23 @@ class Writer:
             self._written.wait()
         return self.error
 
-    def wait_committed(self, abandon: bool = False, timeout_s: float | None = None) -> Exception | None:
+    def wait_committed(
+        self, abandon: bool = False, timeout_s: float = math.inf, hurried: Callable[[], bool] = lambda: False
+    ) -> Exception | None:
         """Wait for the save to finish, on rank 0 for the commit; return its error, if any.
 
-        `abandon` or a timeout gives the save up because a rank did not write its files. Rank 0 deletes a failed save.
+        `abandon`, a timeout or `hurried` gives the save up because a rank did not write its files. Rank 0 deletes a
+        failed save.
         """
         if self._thread is None:
             return None
+        deadline = time.monotonic() + timeout_s
+        while self._thread.is_alive() and not abandon:
+            self._thread.join(min(POLL_S, max(deadline - time.monotonic(), 0.0)))
+            abandon = time.monotonic() > deadline or hurried()
         if abandon:
             self._abandoned.set()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._abandoned.set()
-            self._thread.join()
+        self._thread.join()
         self._thread = None
         if self.error and self.rank == 0:  # all ranks have stopped writing: the caller has waited for them
             self.attempt.discard(self._step)

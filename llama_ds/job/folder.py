@@ -39,6 +39,7 @@ class Job:
     nic: str = ""  # interface for the ranks' traffic; "": the interface that routes to the first host
     started: float = 0.0  # when the job began, in seconds since the epoch; 0: unknown
     accounts: dict[str, float] = field(default_factory=dict)  # metrics of the run's time until this attempt
+    keeps_ranks: bool = False  # whether ranks without a fault go on in the next attempt
 
     @property
     def world(self) -> int:

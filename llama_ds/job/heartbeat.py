@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from llama_ds.errors import UserError
+from llama_ds.job.departure import Departure
 from llama_ds.job.folder import RETRY_S, Job
 from llama_ds.job.requests import Request, Requests
 from llama_ds.job.wire import (
@@ -80,8 +81,12 @@ class Progress:
 class HeartbeatConnection:
     """This rank's connection to its job's supervisor."""
 
-    def __init__(self, job: Job, rank: int, progress: Progress, requests: Requests | None = None) -> None:
+    def __init__(
+        self, job: Job, rank: int, progress: Progress, requests: Requests | None = None, can_leave: bool = False
+    ) -> None:
         """Connect and start the heartbeat thread, which passes on the supervisor's requests.
+
+        `can_leave`: whether this process can go on in another attempt after this one.
 
         Raises:
             UserError: the supervisor cannot be reached.
@@ -89,13 +94,16 @@ class HeartbeatConnection:
         self.job, self.rank, self.progress, self._requests = job, rank, progress, requests
         progress.is_reporter, progress.host = rank == 0, job.rank_hosts[rank]
         self._token = job.token()
-        self._about = {"rank": rank, "host": progress.host, "pid": os.getpid()}
+        self._about = {"rank": rank, "host": progress.host, "pid": os.getpid(), "can_leave": can_leave}
         self._socket: socket.socket | None = None
         self._sending = threading.Lock()
         self._ended = threading.Event()
         self._lost_since: float | None = None
         self._end_asked = False
         self._buffer = bytearray()  # received, not yet handled
+        self._departure = Departure(self, job.orphan_s if job.keeps_ranks and can_leave else 0.0)
+        if requests:
+            requests.departure = self._departure
         self._stacks = open(job.stacks(rank), "w")  # noqa: SIM115 (the fault handler keeps it open)
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
         deadline = time.monotonic() + REACH_S
@@ -121,11 +129,24 @@ class HeartbeatConnection:
         self._send(Kind.BEAT, pack_beat(self.progress.beat()))
         self._send(Kind.GOODBYE)
 
+    def inode(self) -> int | None:
+        """Return the inode of the connection's socket, None while there is none."""
+        with suppress(OSError, AttributeError):  # it is lost at this moment
+            return os.fstat(self._socket.fileno()).st_ino  # type: ignore[union-attr]
+        return None
+
+    def end(self) -> None:
+        """Close the connection, by which the supervisor knows that this process belongs to the next attempt."""
+        self._ended.set()
+        self._lose()
+
     def _serve(self) -> None:
         due = time.monotonic()
         while not self._ended.is_set():
             now = time.monotonic()
             if self._socket is None:
+                if self._departure.has_left:  # the supervisor has no use for this rank, or is gone
+                    os.kill(os.getpid(), signal.SIGKILL)
                 self._check_orphaned(now)
                 if self._connect() is not None:
                     self._ended.wait(RETRY_S)
@@ -140,9 +161,9 @@ class HeartbeatConnection:
         try:
             for kind, payload in frames(self._buffer):
                 if kind is Kind.ASK:
-                    self._answer(from_json(payload).get("do"))
+                    self._answer(from_json(payload))
             connection = self._socket
-            if connection is None or not select.select([connection], [], [], seconds)[0]:
+            if connection is None or self._ended.is_set() or not select.select([connection], [], [], seconds)[0]:
                 return
             chunk = connection.recv(1 << 16)
             if not chunk:
@@ -151,13 +172,19 @@ class HeartbeatConnection:
         except (OSError, ValueError, ProtocolError):
             self._lose()
 
-    def _answer(self, request: Any) -> None:
+    def _answer(self, message: dict[str, Any]) -> None:
+        request = message.get("do")
         if request == "stacks":
             self._send(Kind.STACKS, stacks().encode())
         elif request == "save":
             self._ask(Request.SAVE, FROM_LAUNCHER)
         elif request == "end":
             self._ask(Request.END, FROM_LAUNCHER)
+        elif request == "leave":
+            self._departure.ask()
+        elif request == "join":
+            self._ended.set()  # this thread; the main thread closes the connection
+            self._departure.join(message)
 
     def _ask(self, request: Request, reason: str) -> None:
         if self._requests:
@@ -241,13 +268,13 @@ class Heartbeat:
         self._requests = requests
         self._connection: HeartbeatConnection | None = None
 
-    def begin(self, job: Job, rank: int) -> None:
-        """Connect to the supervisor of `job`.
+    def begin(self, job: Job, rank: int, can_leave: bool = False) -> None:
+        """Connect to the supervisor of `job`; arguments as of `HeartbeatConnection`.
 
         Raises:
             UserError: the supervisor cannot be reached.
         """
-        self._connection = HeartbeatConnection(job, rank, self.progress, self._requests)
+        self._connection = HeartbeatConnection(job, rank, self.progress, self._requests, can_leave)
 
     def tell(self, **values: Any) -> None:
         """Send a report to the supervisor at once, if there is one."""

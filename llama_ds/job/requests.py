@@ -19,6 +19,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any, NoReturn
 
+from llama_ds.job.departure import Departure
 from llama_ds.job.run_end import RunEnd
 
 # Variables in which launchers pass a process its rank; that of DeepSpeed and torchrun comes first.
@@ -62,10 +63,11 @@ class Requests:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """`environment` tells which launcher started this process, and whether it is the first rank."""
         self.reason = ""  # why the run is to end
+        self.departure: Departure | None = None  # from the present attempt, of a job by tools/launch.py
         self._stage, self._own = Stage.ALONE, Request.NOTHING
         self._launched = any(name in environment for name in RANK_VARIABLES)
         self._same = any(name in environment for name in _PASS_ON_THE_SAME)
-        self._is_first = next((environment[name] for name in RANK_VARIABLES if name in environment), "0") == "0"
+        self._is_first = _is_first(environment)
         self._received: list[tuple[int, float]] = []  # signals that ask for an end, with their times
         self._lock = threading.RLock()
         self._before: dict[int, Any] = {}
@@ -120,6 +122,13 @@ class Requests:
                 timer.daemon = True
                 timer.start()
 
+    def begin_again(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Forget the attempt that this rank has left, but not requests to end."""
+        with self._lock:
+            self.take()
+            self._is_first, self._close = _is_first(environment), None
+            self.enter(Stage.ALONE)
+
     def before_end(self, close: Callable[[RunEnd], object]) -> None:
         """Call `close` before this process ends by an error or at once: the exit skips atexit handlers."""
         self._close = close
@@ -141,6 +150,11 @@ class Requests:
     def highest(self) -> Request:
         """The highest request."""
         return self._own
+
+    @property
+    def leaves(self) -> bool:
+        """Whether this rank is to leave the attempt, which another rank has broken."""
+        return self.departure is not None and self.departure.asked
 
     def take(self) -> Request:
         """Return the highest request, and forget it if it is a save."""
@@ -216,3 +230,7 @@ class Requests:
         if self._is_first:
             with suppress(OSError):
                 os.write(2, f"{text}\n".encode())
+
+
+def _is_first(environment: Mapping[str, str]) -> bool:
+    return next((environment[name] for name in RANK_VARIABLES if name in environment), "0") == "0"

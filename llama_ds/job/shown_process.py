@@ -45,5 +45,6 @@ def _block(words: Sequence[str]) -> bytes:
 
 
 def _write(begin: int, end: int, content: bytes) -> None:
-    ctypes.memset(begin, 0, end - begin)
+    # In this order, because somebody may read: the job's variable has the same place and length in all attempts.
     ctypes.memmove(begin, content, len(content))
+    ctypes.memset(begin + len(content), 0, end - begin - len(content))

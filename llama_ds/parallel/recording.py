@@ -81,6 +81,11 @@ class Recording:
         if self._trace.recording:
             self._write()
 
+    def abandon(self) -> None:
+        """End the profiler, of which a process can have one."""
+        if self._profile:
+            self._profile.stop()
+
     def _write(self) -> None:
         self._trace.stop()
         if self._profile:

@@ -32,13 +32,11 @@ def engines_undone() -> Iterator[None]:
     Dismantle them inside. All ranks must leave it alike.
     """
     before = set(distributed_c10d._world.pg_map)
-    restore = [_globals_of(module) for module in _STATEFUL]
-    restore.append(_generators())
+    undo = process_state()
     try:
         yield
     finally:
-        for undo in restore:
-            undo()
+        undo()
         # DeepSpeed's engines are cyclic garbage, which the freeze before the optimizer has excepted from collection.
         gc.unfreeze()
         gc.collect()
@@ -70,6 +68,17 @@ def dismantle(engine: Any) -> None:
         vars(parameter).clear()
     for part in modules:
         vars(part).clear()
+
+
+def process_state(more: Sequence[ModuleType] = ()) -> Callable[[], None]:
+    """Return a function that restores DeepSpeed's globals, the variables of `more` modules, and all generators."""
+    restore = [*(_globals_of(module) for module in (*_STATEFUL, *more)), _generators()]
+
+    def undo() -> None:
+        for one in restore:
+            one()
+
+    return undo
 
 
 def _globals_of(module: ModuleType) -> Callable[[], None]:

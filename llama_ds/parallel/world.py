@@ -333,7 +333,7 @@ def failing_together(
         close_outputs(RunEnd.INTERRUPTED)
         _leave(130)
     except Exception as error:
-        code = _report_own(error, tell)
+        code = report_failure(error, tell)
         close_outputs(RunEnd.FAILED)
         _leave(code)
     if dist.is_initialized():
@@ -355,8 +355,8 @@ def _report_once(message: str) -> None:
             store.wait([REPORTED], REPORT_TIMEOUT)
 
 
-def _report_own(error: Exception, tell: Callable[..., None]) -> int:
-    """Print this rank's error, shortened if another rank failed first; return the exit code."""
+def report_failure(error: Exception, tell: Callable[..., None]) -> int:
+    """Print and `tell` this rank's error, shortened if another rank failed first; return the exit code."""
     if not dist.is_initialized():
         tell(what="failure", kind="failure", text=traceback.format_exc())
         logger.error("%s", traceback.format_exc())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -353,12 +353,12 @@ class Checkpoints:
             self._attempt.end()
 
     @contextmanager
-    def drained(self) -> Iterator[None]:
-        """If this rank fails, wait up to DRAIN_S for its save in flight. Not collective: other ranks may have ended."""
+    def drained(self, hurried: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """If this rank fails, wait up to DRAIN_S, or until `hurried`, for its save in flight. Not collective."""
         try:
             yield
         except BaseException:
-            self._writer.wait_committed(timeout_s=DRAIN_S)
+            self._writer.wait_committed(timeout_s=DRAIN_S, hurried=hurried)
             raise
 
     def _located(self, engine: Any) -> Iterator[Located]:

@@ -99,12 +99,16 @@ class Feed:
 
     def close(self) -> None:
         """Stop the reader threads: one still running at interpreter exit would abort the process. Collective."""
+        self.abandon()
+        for _ in self._shared:  # if a run ends early, drain until all neighbours know it
+            pass
+
+    def abandon(self) -> None:
+        """End the reader threads, whose connections are broken."""
         if self._reader:
             self._reader.close()
         if self._ahead:
             self._ahead.close()
-        for _ in self._shared:  # if a run ends early, drain until all neighbours know it
-            pass
 
     def _period_end(self, step: int) -> int:
         return (step // self._interval + 1) * self._interval

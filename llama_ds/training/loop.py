@@ -16,6 +16,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import ELEMENT_BYTES
 from llama_ds.log import logger
 from llama_ds.parallel import world
+from llama_ds.parallel.leaving import leaving
 from llama_ds.parallel.recording import Recording
 from llama_ds.parallel.temporary import dismantle, engines_undone
 from llama_ds.perf.plan.relief import check_matrices
@@ -96,6 +97,7 @@ def train_stage(
         UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
         OutOfMemory: on the ranks whose memory is too small.
         EndedEarly: on all ranks alike, before the first step.
+        Left: another rank has failed, and this one is to go on in another attempt.
     """
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
@@ -150,7 +152,19 @@ def train_stage(
     ended = Request.NOTHING
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)
 
-    with checkpoints.drained(), in_memory.trusted(), memory.explained():
+    def abandon() -> None:
+        progress.doing = lambda: ("", False)  # refers to the engine
+        feed.abandon()
+        in_memory.abandon()
+        recording.abandon()
+        report.close(RunEnd.FAILED)
+
+    with (
+        leaving(requests.departure, engine.deepspeed, abandon),
+        checkpoints.drained(lambda: requests.leaves),
+        in_memory.trusted(),
+        memory.explained(),
+    ):
         for step in range(first, last):
             memory.before_step(step + 1, step == first)
             check_lock()

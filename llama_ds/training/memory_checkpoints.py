@@ -230,6 +230,12 @@ class MemoryCheckpoints:
         if ended and self._rank == self._local[0]:
             remove(self._folder.path)
 
+    def abandon(self) -> None:
+        """End the transfers, whose connections are broken, and stop serving."""
+        if self._every:
+            self._wait()
+            self._server.close()
+
     def _start(self, slot: MemorySlot, complete: Callable[[], None]) -> None:
         """Let a thread complete a state and send it to the peer, if there is one."""
 

@@ -17,8 +17,9 @@ from llama_ds.launch.preflight import Report
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
 from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.rewinds import rewind_overrides, skips_with
 from llama_ds.launch.supervise.spikes import Spike
-from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, rewind_overrides, skips_with
+from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor
 
 RUN_FILE = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_7b.yaml")
 HOSTS = {"node1": 8}

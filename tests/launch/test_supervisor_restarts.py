@@ -232,11 +232,11 @@ def test_a_restart_is_warm_only_after_an_attempt_that_trained(tmp_path: Path, mo
         def __init__(self, *arguments: Any) -> None:
             self.has_trained = next(trained)
 
-        def run(self, asked: bool) -> Outcome:
+        def run(self, asked: bool, kept: None) -> Outcome:
             warm.append(asked)
             return Outcome(outcomes.DEATH, "RANK DIED")
 
-        def end(self) -> list[str]:
+        def end(self, kept: None) -> list[str]:
             ended.append(len(warm))
             return []
 

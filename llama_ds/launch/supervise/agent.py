@@ -63,12 +63,16 @@ def _handles(pid: int, number: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
-def kill(variable: str, prefix: str) -> dict:
-    """Kill the job's processes, by process group where the group belongs to the job, until none is left."""
+def kill(variable: str, prefix: str, spare: dict[str, int] | None = None) -> dict:
+    """Kill the job's processes, by process group where the group belongs to the job, until none is left.
+
+    Ranks in `spare`, by their process ids, are not touched.
+    """
     killed: dict[int, str] = {}
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while True:
-        found = processes(variable, prefix)
+        every = processes(variable, prefix)
+        found = {pid: about for pid, about in every.items() if (spare or {}).get(about["rank"]) != pid}
         if not found or time.monotonic() > deadline:
             return {"killed": killed, "left": found}
         for pid, about in found.items():
@@ -88,7 +92,7 @@ def main() -> None:
     request = json.loads(REQUEST)  # type: ignore[name-defined]  # noqa: F821 (inserted by the sender)
     signal.alarm(60)  # a broken ssh connection does not kill this process
     if request["do"] == "kill":
-        answer = kill(request["variable"], request["folder"])
+        answer = kill(request["variable"], request["folder"], request["spare"])
     else:
         answer = look(request["variable"], request["folder"], request["do"] == "stacks")
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

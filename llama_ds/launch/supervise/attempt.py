@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.deepspeed_ranks import DeepSpeedRanks, StartedRanks
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
+from llama_ds.launch.supervise.kept import KeptRanks, healthy, leave
 from llama_ds.launch.supervise.logs import LOG_LINES, Tail, first_error, last_error, last_lines
 from llama_ds.launch.supervise.progress_log import ProgressLog
 from llama_ds.launch.supervise.server import Member, Server
@@ -86,7 +86,7 @@ class Attempt:
         self._progress_log = ProgressLog(events)
         self._ranks: StartedRanks | None = None  # None before the start
         self._tail = Tail(str(job.log(0)))
-        self._checks: dict[str, _HostCheck] = {}  # checks in flight, by host
+        self._checks: dict[str, processes.HostCheck] = {}  # checks in flight, by host
         self._joined = False
         self._request: str | None = None  # "save" or "end", to be forwarded to the ranks
         self._ending = False  # whether the ranks were asked to end, or will be
@@ -107,11 +107,16 @@ class Attempt:
         """Whether the ranks came as far as training."""
         return self._progress_log.trains
 
-    def run(self, warm: bool = False) -> Outcome:
-        """Start the ranks, `warm` if they can be, and watch them until they have ended or failed; then call `end`."""
+    def run(self, warm: bool = False, kept: KeptRanks | None = None) -> Outcome:
+        """Start the ranks, `warm` if they can be, and watch them until they have ended or failed; then call `end`.
+
+        Ranks in `kept` that have no place in this attempt end.
+        """
         self.server.expect(self.job.token(), self.job.world)
         Path(self._command.env_file).write_text(self._command.env_text, encoding="utf-8")
-        forked = self._standbys.ranks_of(self.job, self._command) if self._standbys and warm else None
+        forked = self._standbys.ranks_of(self.job, self._command, kept) if self._standbys and warm else None
+        if kept:
+            kept.release()
         self._ranks = forked or DeepSpeedRanks(self.job, self._command)
         try:
             about = self._ranks.begin()
@@ -255,7 +260,7 @@ class Attempt:
 
     def _check_host(self, host: str) -> None:
         if host not in self._checks:
-            self._checks[host] = _HostCheck(host, self.job.folder, self._ssh_port)
+            self._checks[host] = processes.HostCheck(host, self.job.folder, self._ssh_port)
 
     def _check_silent(self, now: float) -> None:
         for rank in (now - self.server.last_beat > self.watch.silent_s).nonzero()[0]:
@@ -333,7 +338,7 @@ class Attempt:
         """Ask every rank for its stacks, and report the probable culprit."""
         last_beat = {rank: float(self.server.last_beat[rank]) for rank in self.server.members}
         self.server.ask("stacks")
-        checks = [_HostCheck(host, self.job.folder, self._ssh_port, stacks=True) for host in self.job.hosts]
+        checks = [processes.HostCheck(host, self.job.folder, self._ssh_port, stacks=True) for host in self.job.hosts]
         deadline = time.monotonic() + STACKS_S
         while time.monotonic() < deadline or any(check.found is None for check in checks):
             self.server.poll()
@@ -352,15 +357,25 @@ class Attempt:
         hosts_of_culprits = list(dict.fromkeys(culprit.host for culprit in culprits))
         return replace(outcome, text=text, ranks=[culprit.rank for culprit in culprits], hosts=hosts_of_culprits)
 
-    def end(self) -> list[str]:
-        """Kill every process of this attempt on every host; return the hosts on which some may survive."""
+    def leave(self, outcome: Outcome, leave_s: float) -> KeptRanks | None:
+        """Let ranks without a fault leave this attempt within `leave_s`; return those that have. Then call `end`."""
+        ranks = healthy(self.server.members, outcome.ranks)
+        ranks = [one for one in ranks if self._standbys and self._standbys.has_forked(one.host, int(one.about["pid"]))]
+        return leave(self.job, self.server, ranks, leave_s, self.events, self._ssh_port)
+
+    def end(self, kept: KeptRanks | None = None) -> list[str]:
+        """Kill every process of this attempt on every host, but those of `kept`.
+
+        Returns:
+            The hosts on which some may survive.
+        """
         begin = self.ended_at = time.monotonic()
         if not self._ranks:
             return []
         self.server.poll()
         self.server.dismiss()
         self._ranks.stop()
-        found = processes.kill(list(self.job.hosts), self.job.folder, self._ssh_port)
+        found = processes.kill(list(self.job.hosts), self.job.folder, self._ssh_port, kept.pids if kept else None)
         self._ranks.kill()
         killed = {host: len(those.answer["killed"]) for host, those in found.items() if those.answer.get("killed")}
         unclean = [host for host, those in found.items() if not those.clean]
@@ -368,19 +383,6 @@ class Attempt:
             self.events.add("killed", processes=killed, unclean=unclean, seconds=round(time.monotonic() - begin, 3))
         self._relay()
         return unclean
-
-
-class _HostCheck:
-    """A check of a host's processes in a background thread; `found` is None while it is in flight."""
-
-    def __init__(self, host: str, folder: str, ssh_port: int | None, stacks: bool = False) -> None:
-        self.host = host
-        self.found: processes.HostProcesses | None = None
-
-        def look() -> None:
-            self.found = processes.look([host], folder, stacks, ssh_port)[host]
-
-        threading.Thread(target=look, daemon=True).start()
 
 
 def _reported_failure(member: Member, report: dict[str, Any], rank_hosts: list[str]) -> Outcome:

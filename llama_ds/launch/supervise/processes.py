@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llama_ds.job.folder import VARIABLE
@@ -30,9 +32,27 @@ class HostProcesses:
         return self.problem is None and not self.answer.get("left") and not self.answer.get("processes")
 
 
-def kill(hosts: Sequence[str], folder: str, port: int | None = None) -> dict[str, HostProcesses]:
-    """Kill all processes on `hosts` that belong to the job or attempt of this folder."""
-    return _ask(hosts, "kill", folder, port)
+class HostCheck:
+    """A look at a host's processes in a background thread; `found` is None while it is in flight."""
+
+    def __init__(self, host: str, folder: str, ssh_port: int | None, stacks: bool = False) -> None:
+        self.host = host
+        self.found: HostProcesses | None = None
+
+        def check() -> None:
+            self.found = look([host], folder, stacks, ssh_port)[host]
+
+        threading.Thread(target=check, daemon=True).start()
+
+
+def kill(
+    hosts: Sequence[str], folder: str, port: int | None = None, spare: Mapping[int, int] | None = None
+) -> dict[str, HostProcesses]:
+    """Kill all processes on `hosts` that belong to the job or attempt of this folder, but the ranks in `spare`.
+
+    `spare` has their process ids by rank.
+    """
+    return _ask(hosts, "kill", folder, port, spare or {})
 
 
 def look(hosts: Sequence[str], folder: str, stacks: bool = False, port: int | None = None) -> dict[str, HostProcesses]:
@@ -40,8 +60,10 @@ def look(hosts: Sequence[str], folder: str, stacks: bool = False, port: int | No
     return _ask(hosts, "stacks" if stacks else "look", folder, port)
 
 
-def _ask(hosts: Sequence[str], what: str, folder: str, port: int | None) -> dict[str, HostProcesses]:
-    request = json.dumps({"do": what, "variable": VARIABLE, "folder": folder})
+def _ask(
+    hosts: Sequence[str], what: str, folder: str, port: int | None, spare: Mapping[int, int] = MappingProxyType({})
+) -> dict[str, HostProcesses]:
+    request = json.dumps({"do": what, "variable": VARIABLE, "folder": folder, "spare": dict(spare)})
     answers = remote.on_hosts(hosts, [sys.executable, "-I", "-"], remote.script_with(AGENT, request), TIMEOUT_S, port)
     return {host: _read(answer) for host, answer in answers.items()}
 

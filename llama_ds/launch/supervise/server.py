@@ -42,6 +42,7 @@ class Member:
     connected: bool = True
     left: bool = False  # whether it has sent GOODBYE
     failed: bool = False  # whether it has reported a failure, its own or an echo of another rank's
+    waits: bool = False  # whether it then waits to be asked to leave the attempt, because another rank has failed
     stacks: str | None = None
     disconnected_at: float | None = None  # time at which its connection ended
     checked_at: float = 0.0  # time of the last check of its host because of missing heartbeats
@@ -126,6 +127,14 @@ class Server:
                 except OSError:
                     self._drop(fd)
 
+    def detach(self, rank: int) -> socket.socket | None:
+        """Return a rank's connection, of which this server knows no more; None if it is lost."""
+        fd = next((fd for fd, one in self._connections.items() if one.rank == rank), None)
+        if fd is None:
+            return None
+        self._epoll.unregister(fd)
+        return self._connections.pop(fd).connection
+
     def close(self) -> None:
         """Close all connections and stop listening."""
         for fd in list(self._connections):
@@ -195,7 +204,8 @@ class Server:
             self.last_beat[member.rank] = time.monotonic()
         elif kind is Kind.TELL:
             values = from_json(payload)
-            member.failed = member.failed or values.get("what") == "failure"
+            if values.get("what") == "failure":
+                member.failed, member.waits = True, values.get("waits") is True
             self.reports.append((member, values))
         elif kind is Kind.STACKS:
             member.stacks = payload.decode(errors="replace")

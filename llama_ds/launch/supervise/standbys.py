@@ -26,6 +26,7 @@ from llama_ds.launch.command import Command, exported_by_runner, runner_environm
 from llama_ds.launch.remote import AT_ONCE, in_allocation, is_local, ssh_command
 from llama_ds.launch.supervise import processes
 from llama_ds.launch.supervise.events import Events
+from llama_ds.launch.supervise.kept import KeptRank, KeptRanks
 
 READY_S = 60.0  # for a process to import everything while a restart waits for it
 STARTED_S = 15.0  # for a process to fork its ranks
@@ -40,8 +41,8 @@ class Standby:
         """`code` is the `state_of_code` that it imports."""
         self.host, self.problem, self.code = host, "", code
         self.about: dict[str, Any] | None = None  # its answer "ready"
-        self.codes: dict[int, int] = {}  # exit codes of the ranks of the last start
-        self._ranks: dict[int, int] = {}  # these ranks by process id: those of an earlier start may still be exiting
+        self._exited: dict[int, int] = {}  # exit codes by process id
+        self._ranks: dict[int, int] = {}  # ranks of the last start by process id: earlier ones may still be exiting
         self.started = True  # whether it has answered the last request to start ranks
         self._lock = threading.Lock()
         with open(log, "ab") as errors:
@@ -62,10 +63,20 @@ class Standby:
         with self._lock, suppress(OSError, ValueError):
             self.process.stdin.write(json.dumps(values).encode() + b"\n")
 
-    def start(self, request: Mapping[str, Any]) -> None:
-        """Ask it to start ranks."""
-        self.started, self.codes, self._ranks = False, {}, {}
-        self.send(do="start", **request)
+    @property
+    def codes(self) -> dict[int, int]:
+        """The exit codes of the ranks of the last start."""
+        return {rank: self._exited[pid] for pid, rank in list(self._ranks.items()) if pid in self._exited}
+
+    def start(self, request: Mapping[str, Any], kept: Mapping[int, int]) -> None:
+        """Ask it to start ranks beside those in `kept`, by process id, that it has started for an earlier attempt."""
+        self.started, self._ranks = not request["ranks"], dict(kept)
+        if request["ranks"]:
+            self.send(do="start", **request)
+
+    def has_forked(self, pid: int) -> bool:
+        """Return whether this is a process of its last start, and lives."""
+        return pid in self._ranks and pid not in self._exited
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -75,10 +86,12 @@ class Standby:
                 if answer["what"] == "ready":
                     self.about = {"seconds": float(answer["seconds"]), "mib": int(answer["mib"])}
                 elif answer["what"] == "started":
-                    self._ranks = {int(pid): int(rank) for rank, pid in answer["ranks"].items()}
+                    for rank, pid in answer["ranks"].items():
+                        self._exited.pop(int(pid), None)  # of an earlier process with this id
+                        self._ranks[int(pid)] = int(rank)
                     self.started = True
-                elif answer["what"] == "exited" and int(answer["pid"]) in self._ranks:
-                    self.codes[self._ranks[int(answer["pid"])]] = int(answer["code"])
+                elif answer["what"] == "exited":
+                    self._exited[int(answer["pid"])] = int(answer["code"])
                 elif answer["what"] == "problem":
                     self.problem = str(answer["text"])[:300]
             except (ValueError, KeyError, TypeError):
@@ -93,23 +106,35 @@ class WarmRanks:
     name = "the start from warm processes"
 
     def __init__(
-        self, every: Standbys, own: list[Standby], request: Mapping[str, Any], job: Job, command: Command
+        self,
+        every: Standbys,
+        own: list[Standby],
+        request: Mapping[str, Any],
+        job: Job,
+        command: Command,
+        kept: KeptRanks | None = None,
     ) -> None:
-        """`request` is what all of them are asked."""
+        """`request` is what all of them are asked. Ranks in `kept` that live are not forked anew."""
         self._every, self._standbys, self._world = every, own, job.world
         self._request, self._environments = request, rank_environments(job, command)
+        self._kept, self._stays = kept, kept.take(job, self._lives) if kept else {}
         self._since = 0.0  # monotonic time of the start
 
     def begin(self) -> dict[str, Any]:
         """Ask for the ranks; return what the event log says of it."""
         self._since = time.monotonic()
         for one in self._standbys:
-            one.start({**self._request, "ranks": self._environments[one.host]})
-        return {"warm": True}
+            new = [own for own in self._environments[one.host] if int(own["RANK"]) not in self._stays]
+            stays = {known.pid: rank for rank, known in self._stays.items() if known.host == one.host}
+            one.start({**self._request, "ranks": new}, stays)
+        for own in (own for of_host in self._environments.values() for own in of_host):
+            if known := self._stays.get(int(own["RANK"])):
+                known.join({**self._request, "environment": {**self._request["environment"], **own}})
+        return {"warm": True, **({"kept": sorted(self._stays)} if self._stays else {})}
 
     def poll(self) -> int | None:
         """Return the exit code of all ranks, or of the first that has failed; None while they run."""
-        if any(self._has_not_started(one) for one in self._standbys):
+        if any(self._has_not_started(one) for one in self._standbys) or self._is_late():
             return 1
         codes = [code for one in self._standbys for code in one.codes.values()]
         failed = next((code for code in codes if code), 0)
@@ -122,9 +147,19 @@ class WarmRanks:
     def stop(self) -> None:
         """Let no more ranks start."""
         self._every.drop([one for one in self._standbys if not one.started])
+        if self._kept:
+            self._kept.stop()
 
     def kill(self) -> None:
         """Do nothing: the processes outlive the attempt."""
+
+    def _lives(self, known: KeptRank) -> bool:
+        return self._every.has_forked(known.host, known.pid)
+
+    def _is_late(self) -> bool:
+        """Return whether a rank that stays has not joined in time."""
+        missing = [known for known in self._stays.values() if not known.has_joined()]
+        return bool(missing) and time.monotonic() - self._since > STARTED_S
 
     def _has_not_started(self, one: Standby) -> bool:
         return not one.started and (bool(one.problem) or time.monotonic() - self._since > STARTED_S)
@@ -162,8 +197,11 @@ class Standbys:
             text = "".join(f"WARM PROCESS: {host}: {problem}\n" for host, problem in problems.items()).rstrip()
             self._events.add("warm processes", text, ready=ready, problems=problems)
 
-    def ranks_of(self, job: Job, command: Command) -> WarmRanks | None:
-        """Return the ranks of an attempt, to be started; None if a host has no warm process that is ready in time."""
+    def ranks_of(self, job: Job, command: Command, kept: KeptRanks | None = None) -> WarmRanks | None:
+        """Return the ranks of an attempt, to be started; None if a host has no warm process that is ready in time.
+
+        Ranks in `kept` take part as they are if the present warm process of their host has forked them.
+        """
         if outdated := self._outdated():
             self.drop(outdated)
             self._tried.clear()
@@ -191,7 +229,11 @@ class Standbys:
             "log": str(job.launcher_log),
             "environment": command.exports,
         }
-        return WarmRanks(self, chosen, request, job, command)
+        return WarmRanks(self, chosen, request, job, command, kept)
+
+    def has_forked(self, host: str, pid: int) -> bool:
+        """Return whether the present warm process of a host has forked a process for the last attempt, which lives."""
+        return self._is_usable(host) and self._by_host[host].has_forked(pid)
 
     def drop(self, unsure: list[Standby]) -> None:
         """Kill processes that may still start ranks of an attempt that has ended."""

@@ -24,8 +24,10 @@ from llama_ds.launch.supervise.ahead import Ahead
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import DRAINED, HostPool
+from llama_ds.launch.supervise.kept import KeptRanks
 from llama_ds.launch.supervise.norm_rises import before_spike
 from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
+from llama_ds.launch.supervise.rewinds import rewind_overrides, skips_with
 from llama_ds.launch.supervise.server import Server
 from llama_ds.launch.supervise.standbys import Standbys, reason_against
 
@@ -54,6 +56,7 @@ class LaunchSettings:
     beat_s: float = 5.0
     orphan_s: float = 60.0
     warm: bool = False  # whether restarts use warm processes
+    leave_s: float = 0.0  # time for ranks without a fault to leave a broken attempt and be kept; 0: none is
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ class Supervisor:
         self._ahead: Ahead | None = None  # answers of hosts since the last failure
         self._repeats = RepeatedFailures()
         self._standbys = self._new_standbys() if start.warm and limits.restarts else None
-        self._warm = False  # whether the next attempt starts from them: not after one that never trained
+        # Whether the next attempt starts from them: not after one that never trained. Others cannot be kept.
+        self._warm = start.leave_s > 0
+        self._kept: KeptRanks | None = None  # the ranks that have left the last attempt
         self._ending = False
 
     def ask(self, what: str) -> None:
@@ -150,6 +155,8 @@ class Supervisor:
             self.events.add("gave up", f"error: {error}")
             return UserError.EXIT_CODE
         finally:
+            if self._kept:
+                self._kept.release()
             if self._standbys:
                 self._standbys.close()
             if server:
@@ -188,6 +195,7 @@ class Supervisor:
             nic=start.nic,
             started=self._job_start.at,
             accounts=self._known_accounts(),
+            keeps_ranks=start.leave_s > 0 and self._standbys is not None,
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
@@ -198,15 +206,17 @@ class Supervisor:
         )
         if self._ending:
             return Outcome(outcomes.ENDED, "ended before the ranks were started; there was nothing to save")
-        outcome = self._attempt.run(self._warm)
-        self._warm = self._attempt.has_trained
+        outcome = self._attempt.run(self._warm, self._kept)
+        self._warm, self._kept = self._attempt.has_trained, None
         try:
             if self.limits.restarts and outcome.kind in outcomes.FAULTS and not self._ending:
                 self._read_hosts_again()
                 every = self.host_pool.all_hosts
                 self._ahead = Ahead(list(hosts), lambda: self._examine(every), lambda: self._arrange(list(hosts)))
+                if self._warm and start.leave_s:
+                    self._kept = self._attempt.leave(outcome, start.leave_s)
         finally:
-            outcome.unclean = self._attempt.end()
+            outcome.unclean = self._attempt.end(self._kept)
         return outcome
 
     def _known_accounts(self) -> dict[str, float]:
@@ -354,24 +364,6 @@ class Supervisor:
         self.events.add(
             "rewind", f"going back to step {back}, and skipping {self.limits.skip_steps} steps of data", to=back
         )
-
-
-def skips_with(skips: Sequence[tuple[int, int]], back: int, steps: int) -> list[tuple[int, int]]:
-    """Return the skips, as (step, steps of data), of a run that goes back to step `back` and skips `steps` of data.
-
-    Data that was skipped before stays skipped: going back twice to one step skips twice as much there, not the same
-    data again. From `back` on, step s reads the data that step s + `steps` read or would have read.
-    """
-    before = [(at, count) for at, count in skips if at < back]
-    within = sum(count for at, count in skips if back <= at <= back + steps)
-    after = [(at - steps, count) for at, count in skips if at > back + steps]
-    return [*before, (back, steps + within), *after]
-
-
-def rewind_overrides(skips: Sequence[tuple[int, int]], back: int, name: int) -> list[str]:
-    """Return the overrides that make a run skip data and go back to step `back`, once for this rewind id."""
-    entries = ", ".join(f"{{at_step: {at}, steps: {steps}}}" for at, steps in skips)
-    return [f"checkpoint.rewind_to={back}", f"checkpoint.rewind_id={name}", f"data.skip=[{entries}]"]
 
 
 def command_of(job: Job, start: LaunchSettings, rendezvous: Rendezvous) -> Command:
