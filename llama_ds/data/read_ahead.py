@@ -36,17 +36,22 @@ class ReadAhead(Generic[T]):
         self.wait_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             self.close()
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # an error refers to this frame
         return item
 
     def close(self) -> None:
-        """Stop reading and wait for the thread to end."""
+        """Stop reading, wait for the thread to end and drop what it has read."""
         self._closed.set()
         while self._thread.is_alive():
             with self._queue.mutex:  # make room for a reader thread that is blocked in put
                 self._queue.queue.clear()
                 self._queue.not_full.notify_all()
             self._thread.join(0.01)
+        with self._queue.mutex:
+            self._queue.queue.clear()  # an error refers to this object
 
     def _read_ahead(self) -> None:
         try:

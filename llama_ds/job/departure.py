@@ -22,6 +22,7 @@ from llama_ds.job import devices
 from llama_ds.job.shown_process import replace_process
 
 SEVER_S = 0.05  # pause between two searches for connections
+OF_PROCESS = ("heartbeat", "leaving", "tqdm_monitor")  # threads that may outlive an attempt
 LINGER_S = 2.0  # time for threads and connections to end by themselves
 
 
@@ -113,8 +114,7 @@ class Departure:
             self._gone.wait(SEVER_S)
 
     def _remains(self) -> str:
-        own = {"heartbeat", "leaving"}
-        threads = [t.name for t in set(threading.enumerate()) - self._before if t.name not in own]
+        threads = [t.name for t in set(threading.enumerate()) - self._before if t.name not in OF_PROCESS]
         sockets = 0
         for one in tcp_sockets(self._connection.inode()):
             one.close()

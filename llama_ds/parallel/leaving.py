@@ -51,7 +51,7 @@ def is_consequence(error: Exception, rank: int) -> bool:
 def leaving(departure: Departure | None, engine: Any, close: Callable[[], None]) -> Iterator[None]:
     """Leave the attempt by `Left` if another rank has broken it inside and the supervisor asks for it.
 
-    `engine` is DeepSpeed's; `close` ends threads and closes files, without waiting for other ranks.
+    `engine` is a `training.engines.interface.Engine`; `close` ends threads and closes files, without waiting for other ranks.
     """
     try:
         yield
@@ -62,8 +62,11 @@ def leaving(departure: Departure | None, engine: Any, close: Callable[[], None])
         if not departure.wait_until_asked():
             raise
         close()
-        dropped = [weakref.ref(one) for one in (engine, engine.module, engine.optimizer, *engine.module.parameters())]
-        dismantle(engine)
+        deepspeed, module = engine.deepspeed, engine.deepspeed.module
+        dropped = [weakref.ref(one) for one in (deepspeed, module, deepspeed.optimizer, *module.parameters())]
+        dismantle(deepspeed)
+        for owner in (deepspeed, engine):
+            vars(owner).clear()
         dist.destroy_process_group()
         raise Left(dropped) from None
 

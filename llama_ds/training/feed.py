@@ -99,12 +99,16 @@ class Feed:
 
     def close(self) -> None:
         """Stop the reader threads: one still running at interpreter exit would abort the process. Collective."""
-        self.abandon()
+        self._end_threads()
         for _ in self._shared:  # if a run ends early, drain until all neighbours know it
             pass
 
     def abandon(self) -> None:
-        """End the reader threads, whose connections are broken."""
+        """End the reader threads, whose connections are broken, and drop what they read."""
+        self._end_threads()
+        self._ahead, self._batches, self._shared = None, iter(()), iter(())  # they refer to this object
+
+    def _end_threads(self) -> None:
         if self._reader:
             self._reader.close()
         if self._ahead:

@@ -160,7 +160,7 @@ def train_stage(
         report.close(RunEnd.FAILED)
 
     with (
-        leaving(requests.departure, engine.deepspeed, abandon),
+        leaving(requests.departure, engine, abandon),
         checkpoints.drained(lambda: requests.leaves),
         in_memory.trusted(),
         memory.explained(),
