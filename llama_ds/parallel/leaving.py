@@ -51,7 +51,7 @@ def is_consequence(error: Exception, rank: int) -> bool:
 def leaving(departure: Departure | None, engine: Any, close: Callable[[], None]) -> Iterator[None]:
     """Leave the attempt by `Left` if another rank has broken it inside and the supervisor asks for it.
 
-    `engine` is a `training.engines.interface.Engine`; `close` ends threads and closes files, without waiting for other ranks.
+    `engine` is one of `training/engines`; `close` ends threads and closes files, without waiting for other ranks.
     """
     try:
         yield

@@ -55,13 +55,17 @@ def dismantle(engine: Any) -> None:
 
     Under ZeRO-3 the optimizer holds autograd's nodes, which hold the parameters, which hold the optimizer: a cycle
     through C++ that Python's collector does not see. Hooks of the modules hold the optimizer's coordinator of gathers,
-    which holds the parameters, too.
+    which holds the parameters, too; a cache of its class holds the modules.
     """
     optimizer, module = engine.optimizer, engine.module
     offload = getattr(optimizer, "parameter_offload", None)
     parameters, modules = list(module.parameters()), list(module.modules())
     engine.destroy()
-    for owner in (offload, getattr(offload, "param_coordinator", None), optimizer):
+    coordinator = getattr(offload, "param_coordinator", None)
+    for member in vars(type(coordinator)).values():
+        if hasattr(member, "cache_clear"):
+            member.cache_clear()
+    for owner in (offload, coordinator, optimizer):
         if owner is not None:
             vars(owner).clear()
     for parameter in parameters:
