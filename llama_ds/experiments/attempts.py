@@ -39,6 +39,7 @@ class RecordedAttempt:
     marks: list[Mark] = field(default_factory=list)
     detected: float | None = None
     failed: float | None = None  # the last sign of life before the failure
+    leaving: float | None = None  # when the supervisor asked ranks to leave, to keep their processes
     killing: float | None = None  # when the supervisor began to end the ranks
     ended: float = 0.0
     kind: str = ""  # "" for an attempt that has no end: it runs, or its launcher was killed
@@ -48,7 +49,7 @@ class RecordedAttempt:
     @property
     def stopped(self) -> float:
         """The time at which training stopped."""
-        times = [t for t in (self.failed, self.killing, self.ended) if t is not None]
+        times = [t for t in (self.failed, self.leaving, self.killing, self.ended) if t is not None]
         return max(min(times), self.begun)
 
 
@@ -96,6 +97,8 @@ def _of_job(job: str, events: Sequence[Event]) -> Iterator[RecordedAttempt]:
             attempt.marks.append(Mark(time, event["step"], event["seconds"]))
         elif what == "detected" and attempt.detected is None:
             attempt.detected, attempt.failed = time, time - event.get("after_s", 0.0)
+        elif what == "left":
+            attempt.leaving = time - event.get("seconds", 0.0)
         elif what == "killed":
             attempt.killing = time - event.get("seconds", 0.0)
         elif what in ENDS:

@@ -19,7 +19,8 @@ from llama_ds.experiments.attempts import AS_ASKED, FAILURES, Mark, RecordedAtte
 from llama_ds.experiments.records import Curve, Records
 
 TRAINING, DATA_WAIT, LOST, FIRST_STEP = "training", "data wait", "lost steps", "first step"
-DETECT, END, HOSTS, PAUSE, RENDEZVOUS, RESTORE = "detect", "end", "hosts", "pause", "rendezvous", "restore"
+DETECT, LEAVE, END, HOSTS, PAUSE = "detect", "leave", "end", "hosts", "pause"
+RENDEZVOUS, RESTORE = "rendezvous", "restore"
 PHASES = {  # in the order of reports, with their meaning
     TRAINING: "steps that are part of the run: the effective training time",
     DATA_WAIT: "steps wait for data (data_wait_s of metrics.jsonl)",
@@ -29,7 +30,8 @@ PHASES = {  # in the order of reports, with their meaning
     "ending": "from the last step to the exit",
     LOST: "steps that were computed again after a restart, and the unfinished step of a failure",
     DETECT: "from the last sign of life of the failed rank until the ranks are ended",
-    END: "ending all ranks on all hosts",
+    LEAVE: "ranks without a fault leave the step, to go on as the same processes (--keep-ranks)",
+    END: "ending all other ranks on all hosts",
     HOSTS: "waiting for unreachable ranks, checking and choosing hosts",
     PAUSE: "the pause before a restart (--backoff-s)",
     RENDEZVOUS: "from the start of the ranks or their launcher until all ranks have connected",
@@ -214,7 +216,9 @@ def _spans(attempt: RecordedAttempt, until: int, cause: str, step_s: float) -> I
         last = max(marks[-1].time, at)
         yield TimeSpan(last, stopped, LOST if own else "ending", own)
     killing = min(max(attempt.killing or attempt.ended, stopped), max(attempt.ended, stopped))
-    yield TimeSpan(stopped, killing, DETECT if own else END, own)
+    leaving = min(max(attempt.leaving or killing, stopped), killing)
+    yield TimeSpan(stopped, leaving, DETECT if own else END, own)
+    yield TimeSpan(leaving, killing, LEAVE, own)
     yield TimeSpan(killing, max(attempt.ended, killing), END, own)
 
 

@@ -18,7 +18,7 @@ COLOURS = dict(
         PHASES,
         (
             *("#2e8b57", "#a6d96a", "#4575b4", "#74add1", "#abd9e9", "#cccccc", "#d73027"),
-            *("#f46d43", "#fdae61", "#b2182b", "#fee090", "#8073ac", "#a03fc0", "#b2abd2"),
+            *("#f46d43", "#d6604d", "#fdae61", "#b2182b", "#fee090", "#8073ac", "#a03fc0", "#b2abd2"),
         ),
         strict=True,
     )

@@ -19,7 +19,6 @@ from deepspeed.comm import comm
 
 from llama_ds.errors import Corruption
 from llama_ds.job.departure import Departure
-from llama_ds.log import logger
 from llama_ds.parallel.temporary import dismantle, process_state
 from llama_ds.parallel.world import report_failure
 
@@ -72,13 +71,14 @@ def leaving(departure: Departure | None, engine: Any, close: Callable[[], None])
 
 
 def leave(departure: Departure, left: Sequence[weakref.ref[Any]], undo: Callable[[], None]) -> bool:
-    """Undo the attempt and say so to the supervisor; return False if something of it is left in this process."""
+    """Undo the attempt and say so to the supervisor; return False if something of it is left in this process.
+
+    A collection of all garbage writes to pages that are shared with the warm process, so there is one only if needed.
+    """
     undo()
-    problem = _remains(departure, left)
-    if problem:
-        logger.warning("collecting garbage, because of the attempt there are still %s", problem)
+    if _count(left) or departure.remains():  # cycles, as of ZeRO-3's hooks
         gc.collect()
-        problem = _remains(departure, left)
+    problem = departure.remains() or (f"{_count(left)} objects of the engine" if _count(left) else "")
     if problem:
         departure.tell(what="stays", text=f"of the attempt there are still {problem}")
         return False
@@ -99,6 +99,5 @@ def _report(error: Exception, departure: Departure) -> None:
         report_failure(error, tell)
 
 
-def _remains(departure: Departure, dropped: Sequence[weakref.ref[Any]]) -> str:
-    alive = sum(one() is not None for one in dropped)
-    return ", ".join(filter(None, (departure.remains(), f"{alive} objects of the engine" if alive else "")))
+def _count(dropped: Sequence[weakref.ref[Any]]) -> int:
+    return sum(one() is not None for one in dropped)

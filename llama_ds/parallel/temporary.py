@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.pipe import p2p
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
-# Modules of DeepSpeed that keep process groups and buffers of the engine built last in global variables.
-_STATEFUL = (groups, p2p, checkpointing, partition_parameters)
+# Modules of DeepSpeed that keep process groups, buffers and modules of the engine built last in global variables.
+_STATEFUL = (groups, p2p, checkpointing, partition_parameters, parameter_offload)
 PART_TIMEOUT = timedelta(seconds=60)  # limit for a collective in a part of the world
 
 
@@ -55,16 +55,14 @@ def dismantle(engine: Any) -> None:
 
     Under ZeRO-3 the optimizer holds autograd's nodes, which hold the parameters, which hold the optimizer: a cycle
     through C++ that Python's collector does not see. Hooks of the modules hold the optimizer's coordinator of gathers,
-    which holds the parameters, too; a cache of its class holds the modules.
+    which holds the parameters, too, and caches of its methods hold the modules.
     """
     optimizer, module = engine.optimizer, engine.module
     offload = getattr(optimizer, "parameter_offload", None)
     parameters, modules = list(module.parameters()), list(module.modules())
     engine.destroy()
     coordinator = getattr(offload, "param_coordinator", None)
-    for member in vars(type(coordinator)).values():
-        if hasattr(member, "cache_clear"):
-            member.cache_clear()
+    _clear_caches(type(coordinator))
     for owner in (offload, coordinator, optimizer):
         if owner is not None:
             vars(owner).clear()
@@ -72,6 +70,14 @@ def dismantle(engine: Any) -> None:
         vars(parameter).clear()
     for part in modules:
         vars(part).clear()
+
+
+def _clear_caches(owner: type) -> None:
+    """Clear the caches of a class's methods, each of which DeepSpeed has wrapped in a closure."""
+    for method in vars(owner).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def process_state(more: Sequence[ModuleType] = ()) -> Callable[[], None]:

@@ -34,6 +34,7 @@ FAULT = [
     event(34, "progress", step=20, seconds={"saving": 2.0}),
     event(46.5, "progress", step=30, seconds={}),  # written when the failure was known
     event(46.5, "detected", kind="death", ranks=[2], hosts=["node2"], after_s=2.0),
+    event(49, "left", ranks=[0, 1, 3], problems={}, seconds=1.5),
     event(52, "killed", processes={}, unclean=[], seconds=2.0),
     event(52, "death", step=30, hosts=["node2"], ranks=[2]),
     event(55, "restart", pause_s=1.0),
@@ -70,7 +71,8 @@ def test_every_second_of_a_job_belongs_to_one_phase(tmp_path: Path) -> None:
             "saving": 2.0,
             "ending": 1.0,
             "lost steps": 10.5,  # 10 steps; what followed the last beat is part of their time
-            "detect": 5.5,  # 44.5 to 50
+            "detect": 3.0,  # 44.5 to 47.5
+            "leave": 2.5,
             "end": 2.0,
             "hosts": 3.0,
             "pause": 1.0,

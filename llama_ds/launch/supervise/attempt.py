@@ -379,7 +379,7 @@ class Attempt:
         self._ranks.kill()
         killed = {host: len(those.answer["killed"]) for host, those in found.items() if those.answer.get("killed")}
         unclean = [host for host, those in found.items() if not those.clean]
-        if killed or unclean:
+        if killed or unclean or kept:
             self.events.add("killed", processes=killed, unclean=unclean, seconds=round(time.monotonic() - begin, 3))
         self._relay()
         return unclean
