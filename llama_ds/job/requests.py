@@ -63,7 +63,7 @@ class Requests:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """`environment` tells which launcher started this process, and whether it is the first rank."""
         self.reason = ""  # why the run is to end
-        self.departure: Departure | None = None  # from the present attempt, of a job by tools/launch.py
+        self.departure: Departure | None = None  # in a job by tools/launch.py: how this rank leaves its attempt
         self._stage, self._own = Stage.ALONE, Request.NOTHING
         self._launched = any(name in environment for name in RANK_VARIABLES)
         self._same = any(name in environment for name in _PASS_ON_THE_SAME)

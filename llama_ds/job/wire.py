@@ -34,7 +34,7 @@ class Kind(IntEnum):
     TELL = 5  # rank: a report, JSON
     STACKS = 6  # rank: stack traces of its threads, text
     GOODBYE = 7  # rank: clean exit
-    ASK = 8  # server: JSON {"do": "stacks" | "save" | "end"}
+    ASK = 8  # server: JSON {"do": "stacks" | "save" | "end" | "leave" | "join", ...}
 
 
 _KINDS = frozenset(Kind)

@@ -21,7 +21,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.leaving import is_consequence
 
 BLOCKED_S = 0.5  # until a rank is asked, by when it waits
-PORT = int(sys.argv[1])  # of the next world
+PORT = int(sys.argv[1])  # where the next world meets
 
 
 class Connection:

@@ -87,7 +87,7 @@ class Standby:
                     self.about = {"seconds": float(answer["seconds"]), "mib": int(answer["mib"])}
                 elif answer["what"] == "started":
                     for rank, pid in answer["ranks"].items():
-                        self._exited.pop(int(pid), None)  # of an earlier process with this id
+                        self._exited.pop(int(pid), None)  # an earlier process may have had this id
                         self._ranks[int(pid)] = int(rank)
                     self.started = True
                 elif answer["what"] == "exited":
