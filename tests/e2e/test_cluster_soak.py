@@ -2,7 +2,7 @@
 
 Variables change what is done: SOAK_EVERY_S (seconds between faults), SOAK_FAULTS (their number), SOAK_KINDS (all, or
 names separated by commas), SOAK_SEED (shuffles them), SOAK_RECORD (a file for the measurements), SOAK_COLD (anything:
-without warm processes and checkpoints in memory), SOAK_SUBNET (another run may use the usual one). One hour:
+without warm processes and checkpoints in memory), SOAK_KEEP (anything: with --keep-ranks), SOAK_SUBNET (another run may use the usual one). One hour:
 
     SOAK_EVERY_S=120 SOAK_FAULTS=29 SOAK_KINDS=all SOAK_SEED=1 SOAK_RECORD=soak.json \
         python -m pytest tests/e2e/test_cluster_soak.py
@@ -45,7 +45,7 @@ NAMED = os.environ.get("SOAK_KINDS", QUICK)
 FAULTS = int(os.environ.get("SOAK_FAULTS", "6"))
 SEED = os.environ.get("SOAK_SEED", "")
 RECORD = os.environ.get("SOAK_RECORD", "")
-COLD = bool(os.environ.get("SOAK_COLD"))
+COLD, KEEP = bool(os.environ.get("SOAK_COLD")), bool(os.environ.get("SOAK_KEEP"))
 SUBNET = int(os.environ.get("SOAK_SUBNET", "84"))
 NAMES = ("node1", "node2", "node3", "node4", "node5")  # the last two are spares
 # A busy machine takes longer to hear of a rank, and for a step; measurements need one that is not.
@@ -100,6 +100,7 @@ def test_the_losses_are_those_of_a_run_without_faults(
     run = Run(make_run("soak", LAYOUT | GUARDED | changes).file, disk / "soak")
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[RANKS:])
     options = ("--supervise", "--spares", str(spares), *(["--no-warm-processes"] if COLD else []))
+    options = (*options, "--keep-ranks", "--leave-s", "60") if KEEP else options
     job = start(run, hosts, NAMES[:RANKS], 1, *options, **PATIENCE)
     chance = random.Random(int(SEED or 0))
     site = Site(job, hosts, memory, disk, patches, chance)
@@ -134,6 +135,8 @@ def test_the_losses_are_those_of_a_run_without_faults(
         assert fault["restarts"] == (fault["found"] is not None), fault
         if fault["found"] in ("death", "hang", "host lost", "corruption"):
             assert fault["ranks"] and set(fault["ranks"]) <= set(fault["of_ranks"]), fault
+        if KEEP and fault["found"] in ("death", "host lost"):
+            assert fault["kept"] == [rank for rank in range(RANKS) if rank not in fault["of_ranks"]], fault
 
 
 def pause(until: float, job: Job) -> None:
@@ -186,6 +189,7 @@ def disturb(kind: str, site: Site) -> dict[str, Any]:
         "found": ended.get("event"),
         "ranks": ended.get("ranks", []),
         "hosts": ended.get("hosts", []),
+        "kept": job.named("attempt started")[-1].get("kept", []),
         "restarts": sum(event["event"] == "restart" for event in new),
     }
 
@@ -203,6 +207,7 @@ def record(
         "seed": SEED,
         "every_s": EVERY_S,
         "cold": COLD,
+        "keeps_ranks": KEEP,
         "ranks": RANKS,
         "hosts": len(NAMES),
     }
