@@ -2,7 +2,8 @@
 
 Variables change what is done: SOAK_EVERY_S (seconds between faults), SOAK_FAULTS (their number), SOAK_KINDS (all, or
 names separated by commas), SOAK_SEED (shuffles them), SOAK_RECORD (a file for the measurements), SOAK_COLD (anything:
-without warm processes and checkpoints in memory), SOAK_KEEP (anything: with --keep-ranks), SOAK_SUBNET (another run may use the usual one). One hour:
+without warm processes and checkpoints in memory), SOAK_KEEP (anything: with --keep-ranks), SOAK_SUBNET (another run may
+use the usual one). One hour:
 
     SOAK_EVERY_S=120 SOAK_FAULTS=29 SOAK_KINDS=all SOAK_SEED=1 SOAK_RECORD=soak.json \
         python -m pytest tests/e2e/test_cluster_soak.py
