@@ -109,7 +109,7 @@ def take_part(arguments: argparse.Namespace) -> int:
             check_world(job, rank_info.rank, rank_info.world)
             keep_output(job, rank_info.rank)
             os.environ.update(job.secrets())
-            heartbeat.begin(job, rank_info.rank, can_leave=world.backend() == "gloo")
+            heartbeat.begin(job, rank_info.rank, can_leave=not world.on_cuda())
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         if rank_info.world > 1:
             REQUESTS.enter(Stage.JOINING)

@@ -68,6 +68,7 @@ def dismantle(engine: Any) -> None:
             vars(owner).clear()
     for parameter in parameters:
         vars(parameter).clear()
+        parameter._backward_hooks = None  # they refer to it, through C++, too
     for part in modules:
         vars(part).clear()
 
