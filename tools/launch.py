@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         "--keep-ranks",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="ranks without a fault take part in the next attempt as the same processes, with gloo (default: off)",
+        help="ranks without a fault take part in the next attempt as the same processes, on CPUs (default: off)",
     )
     watch.add_argument(
         "--leave-s",

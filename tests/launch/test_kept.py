@@ -39,6 +39,7 @@ def test_a_rank_that_failed_ended_or_is_not_heard_is_not_kept() -> None:
         5: member(5, failed=True, waits=True),  # its connection to another rank broke
     }
     assert [one.rank for one in healthy(members, [1])] == [0, 5]
+    assert healthy(members, []) == [], "a hang of which nobody knows the cause"
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_kept_rank_keeps_its_host_and_number_there(
     assert not killed
 
 
-def test_ranks_whose_groups_are_nccls_are_started_anew_and_the_log_says_so(tmp_path: Path) -> None:
+def test_ranks_on_cuda_are_started_anew_and_the_log_says_so(tmp_path: Path) -> None:
     ranks = [Member(0, "localhost", {"pid": 1, "can_leave": False})]
     events = Events(tmp_path / "events.jsonl", print)
     server = Server("127.0.0.1")
@@ -92,7 +93,7 @@ def test_ranks_whose_groups_are_nccls_are_started_anew_and_the_log_says_so(tmp_p
     finally:
         server.close()
     (event,) = map(json.loads, events.path.read_text().splitlines())
-    assert event["event"] == "not kept" and "their process groups are NCCL's" in event["text"]
+    assert event["event"] == "not kept" and "no rank on CUDA is kept" in event["text"]
 
 
 def test_the_end_of_an_attempt_spares_the_ranks_that_stay_and_no_others(tmp_path: Path) -> None:

@@ -93,12 +93,15 @@ class KeptRanks:
 
 
 def healthy(members: Mapping[int, Member], named: Iterable[int]) -> list[Member]:
-    """Return the ranks that may be kept: not `named` as the cause, heard, and without a failure of their own."""
+    """Return the ranks that may be kept: not `named` as the cause, heard, and without a failure of their own.
+
+    None if nobody is named: it may be any of them.
+    """
     apart = set(named)
     return [
         member
         for rank, member in sorted(members.items())
-        if rank not in apart and member.connected and not member.left and (not member.failed or member.waits)
+        if apart and rank not in apart and member.connected and not member.left and (not member.failed or member.waits)
     ]
 
 
@@ -109,7 +112,7 @@ def leave(
     begin = time.monotonic()
     waiting = {member.rank: member for member in candidates if member.about.get("can_leave") is True}
     if len(waiting) < len(candidates):
-        events.add("not kept", "no rank is kept (--keep-ranks): their process groups are NCCL's; all are started anew")
+        events.add("not kept", "no rank on CUDA is kept (--keep-ranks): their devices' state cannot be given up yet")
     if not waiting:
         return None
     server.ask("leave", list(waiting))
