@@ -64,7 +64,7 @@ def leaving(departure: Departure | None, engine: Any, close: Callable[[], None])
         deepspeed, module = engine.deepspeed, engine.deepspeed.module
         dropped = [weakref.ref(one) for one in (deepspeed, module, deepspeed.optimizer, *module.parameters())]
         dismantle(deepspeed)
-        for owner in (deepspeed, engine):
+        for owner in (deepspeed, engine.context.weight_gradients, engine):  # what observes gradients refers to them
             vars(owner).clear()
         dist.destroy_process_group()
         raise Left(dropped) from None
