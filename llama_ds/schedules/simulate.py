@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from llama_ds.schedules.communication import Message, awaited, produced
+from llama_ds.schedules.communication import awaited, produced
 from llama_ds.schedules.instructions import Instruction, Op, Placement
 
 if TYPE_CHECKING:  # schedules that are ordered by their times are simulated themselves
@@ -79,32 +79,65 @@ def simulate_orders(
         gates: for each rank, the number of its first computation that a time holds back, and this time.
     """
     at, clock = [0] * len(lists), list(free_from or [0.0] * len(lists))
-    arrivals: dict[Message, float] = {}
+    arrivals: dict[_Output, float] = {}
     link_free: dict[tuple[int, int], float] = defaultdict(float)
     done: list[list[tuple[Instruction, float, float]]] = [[] for _ in lists]
     ready = list(range(len(lists)))
-    waiting: dict[Message, int] = {}
+    waiting: dict[_Output, int] = {}
+    passes: list[dict[tuple[Op, int], _Pass]] = [{} for _ in lists]
     while ready:
         rank = ready.pop()
-        while at[rank] < len(lists[rank]):
-            step = lists[rank][at[rank]]
-            wanted = awaited(step, rank, placement)
-            if wanted and wanted not in arrivals:
-                waiting[wanted] = rank
-                break
-            start = max(clock[rank], arrivals.pop(wanted)) if wanted else clock[rank]
-            if gates and at[rank] == gates[rank][0]:
+        steps, known = lists[rank], passes[rank]
+        for number in range(at[rank], len(steps)):
+            step = steps[number]
+            op, chunk, micro_batch = step
+            kind = known.get((op, chunk))
+            if kind is None:
+                kind = known[op, chunk] = _pass(step, rank, placement, costs)
+            start = clock[rank]
+            if kind.awaited:
+                wanted = (*kind.awaited, micro_batch)
+                if wanted not in arrivals:
+                    at[rank] = number
+                    waiting[wanted] = rank
+                    break
+                start = max(start, arrivals.pop(wanted))
+            if gates and number == gates[rank][0]:
                 start = max(start, gates[rank][1])
-            cost = costs if isinstance(costs, StageCost) else costs[placement.stage(rank, step.chunk)]
-            clock[rank] = end = start + cost.of(step.op)
+            clock[rank] = end = start + kind.time
             done[rank].append((step, start, end))
-            at[rank] += 1
-            message = produced(step, rank, placement)
-            if message:
-                link = message.source, message.target
-                link_free[link] = max(link_free[link], end) + transfer
-                arrivals[message] = link_free[link] + latency
-                if message in waiting:
-                    ready.append(waiting.pop(message))
+            if kind.produced:
+                link_free[kind.link] = sent = max(link_free[kind.link], end) + transfer
+                output = (*kind.produced, micro_batch)
+                arrivals[output] = sent + latency
+                if output in waiting:
+                    ready.append(waiting.pop(output))
+        else:
+            at[rank] = len(steps)
     assert all(n == len(steps) for n, steps in zip(at, lists, strict=True)), "a schedule that verify() refuses"
     return Timeline(done)
+
+
+_Output = tuple[str, int, int]  # kind of a message, receiving stage, micro-batch
+
+
+class _Pass(NamedTuple):
+    """What the computations of one operation and chunk on a rank have in common."""
+
+    time: float
+    awaited: tuple[str, int] | None  # kind and receiving stage of the message that it waits for
+    produced: tuple[str, int] | None  # the same of the message that it sends
+    link: tuple[int, int]  # ranks between which it is sent
+
+
+def _pass(
+    step: Instruction, rank: int, placement: Placement, costs: StageCost | Sequence[StageCost]
+) -> _Pass:
+    cost = costs if isinstance(costs, StageCost) else costs[placement.stage(rank, step.chunk)]
+    wanted, output = awaited(step, rank, placement), produced(step, rank, placement)
+    return _Pass(
+        cost.of(step.op),
+        (wanted.kind, wanted.into) if wanted else None,
+        (output.kind, output.into) if output else None,
+        (output.source, output.target) if output else (rank, rank),
+    )

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 from llama_ds.schedules.instructions import Instruction, Op, Placement
@@ -25,15 +26,15 @@ from llama_ds.schedules.pass_times import PassTimes
 from llama_ds.schedules.simulate import simulate_orders
 
 Orders = tuple[tuple[Instruction, ...], ...]  # computations of each rank
-Pass = tuple[Op, int]  # kind and chunk
 
-_F0, _F1 = (Op.FORWARD, 0), (Op.FORWARD, 1)
-_B0, _B1 = (Op.INPUT_BACKWARD, 0), (Op.INPUT_BACKWARD, 1)
+# A rank's computations of one micro-batch, by number: operation and chunk.
+_KINDS = tuple((op, chunk) for op in (Op.FORWARD, Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD) for chunk in (0, 1))
+_F0, _F1, _B0, _B1, _W0, _W1 = range(len(_KINDS))
 _MAX_SIMULATED = 300_000  # computations of all tried rules; a second has about 150,000
 
 
 class _Rule(NamedTuple):
-    priority: tuple[Pass, ...]  # the first is preferred
+    priority: tuple[int, ...]  # kinds of passes, the first is preferred
     patience: int  # quarters of a pass's time that a rank idles for a pass of higher priority
     spare: int  # quarters of a weight gradient's time that must be free before the next pass can start
 
@@ -76,9 +77,9 @@ def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes, jo
     rules = _EQUAL_PASSES if times.equal else _RULES
     for rule in rules[: max(1, _MAX_SIMULATED // (6 * ranks * micro_batches))]:
         simulation = _Simulation(ranks, micro_batches, limit, times, rule, joint)
-        time = simulation.run()
+        time = simulation.run(shortest)
         if time < shortest:
-            best, shortest = tuple(map(tuple, simulation.orders)), time
+            best, shortest = simulation.orders, time
         if shortest <= bound:
             return best
     compact = tuple(tuple(together(order, joint)) for order in compact_orders(ranks, micro_batches))
@@ -105,126 +106,153 @@ def _lower_bound(ranks: int, micro_batches: int, times: PassTimes) -> float:
 class _Rank:
     """What a rank has computed so far."""
 
-    def __init__(self, index: int, ranks: int, limit: int, times: PassTimes) -> None:
+    __slots__ = ("arrivals", "begin", "clock", "deferred", "held", "index", "limit", "next", "order", "shares")
+    __slots__ += ("targets", "times", "work")
+
+    def __init__(self, index: int, ranks: int, micro_batches: int, limit: int, times: PassTimes) -> None:
         self.index = index
-        self.stages = (index, 2 * ranks - 1 - index)
-        self.times = {
-            (op, chunk): times.stages[stage].of(op)
-            for chunk, stage in enumerate(self.stages)
-            for op in (Op.FORWARD, Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD)
-        }
+        costs = [times.stages[index], times.stages[2 * ranks - 1 - index]]
+        self.times = [costs[chunk].of(op) for op, chunk in _KINDS]
+        self.order: list[int] = []  # kinds of passes
         self.clock = 0.0
         self.begin = math.inf
-        self.next: dict[Pass, int] = {_F0: 0, _F1: 0, _B0: 0, _B1: 0}  # next micro-batch
-        self.deferred: deque[tuple[int, int]] = deque()  # chunk and micro-batch
+        self.work = micro_batches * sum(self.times)  # what is not computed yet
+        self.next = [0] * 4  # next micro-batch of each forward and input backward
+        self.arrivals: list[list[float]] = [[], [], [], []]  # of their inputs, by micro-batch
+        self.targets: list[tuple[_Rank, int, float] | None] = [None] * 4  # who takes the output, as what, after how long
+        self.deferred: tuple[deque[int], deque[int]] = (deque(), deque())  # by chunk: when each was deferred, by count
         self.held = 0  # forwards whose weight gradients are not computed
-        self._limit = limit
+        self.limit = limit
         # Shares of the limit by the time that a micro-batch of each chunk is in flight: a chunk's forward to backward
         # takes longer the earlier its stage is.
-        first = -(-limit * (2 * ranks - index) // (2 * ranks))
-        second = -(-limit * index // (2 * ranks)) + 1
-        self._shares = {_F0: (first, _B0), _F1: (second, _B1)}
+        self.shares = -(-limit * (2 * ranks - index) // (2 * ranks)), -(-limit * index // (2 * ranks)) + 1
 
-    def next_weights(self, joint: int) -> list[tuple[int, int]]:
-        """Return the deferred weight gradients to compute: `joint` of a chunk if there are so many, else the oldest."""
-        for chunk in (self.deferred[0][0], 1 - self.deferred[0][0]):
-            group = [pair for pair in self.deferred if pair[0] == chunk][:joint]
-            if len(group) == joint:
-                return group
-        return [self.deferred[0]]
+    def next_weights(self, joint: int) -> tuple[int, int]:
+        """Return chunk and number of the weight gradients to compute: `joint` if there are so many, else the oldest."""
+        first, second = self.deferred
+        oldest = 0 if first and (not second or first[0] < second[0]) else 1
+        for chunk in (oldest, 1 - oldest):
+            if len(self.deferred[chunk]) >= joint:
+                return chunk, joint
+        return oldest, 1
 
-    def has_room(self, forward: Pass) -> bool:
+    def has_room(self, forward: int) -> bool:
         """Return whether memory allows the forward; chunk 0 leaves room for chunk 1 of micro-batches under way."""
-        share, backward = self._shares[forward]
-        reserved = forward == _F0 and self.next[_F1] < self.next[_F0]
-        return self.held + reserved < self._limit and self.next[forward] - self.next[backward] < share
+        done = self.next
+        reserved = forward == _F0 and done[_F1] < done[_F0]
+        return self.held + reserved < self.limit and done[forward] - done[forward + 2] < self.shares[forward]
 
 
 class _Simulation:
     """One simulated step under one rule."""
 
     def __init__(self, ranks: int, micro_batches: int, limit: int, times: PassTimes, rule: _Rule, joint: int) -> None:
-        self.orders: list[list[Instruction]] = [[] for _ in range(ranks)]
-        self._ranks = [_Rank(rank, ranks, limit, times) for rank in range(ranks)]
-        self._micro_batches, self._message, self._rule = micro_batches, times.message, rule
-        self._joint = joint
-        self._last = 2 * ranks - 1
-        self._arrivals = {(Op.FORWARD, 0, i): 0.0 for i in range(micro_batches)}  # inputs by op, stage and micro-batch
+        self._ranks = [_Rank(rank, ranks, micro_batches, limit, times) for rank in range(ranks)]
+        for rank, before, after in zip(
+            self._ranks, [None, *self._ranks[:-1]], [*self._ranks[1:], None], strict=True
+        ):
+            rank.targets = [
+                (after, _F0, times.message) if after else (rank, _F1, 0),
+                (before, _F1, times.message) if before else (rank, _B1, 0),
+                (before, _B0, times.message) if before else None,
+                (after, _B1, times.message) if after else (rank, _B0, 0),
+            ]
+        self._ranks[0].arrivals[_F0] = [0.0] * micro_batches
+        self._rule, self._joint, self._deferred = rule, joint, 0
         self._wakes = [(0.0, rank) for rank in range(ranks)]
+        self._bound = 0.0  # of what `run` returns
 
-    def run(self) -> float:
+    def run(self, shortest: float) -> float:
         """Simulate; return the length of the step plus the longest time that a rank is busy with it.
 
-        The former counts where ranks end a step together, the latter where they begin the next one on their own.
+        The former counts where ranks end a step together, the latter where they begin the next one on their own. The
+        simulation ends as soon as `shortest` cannot be reached, and then returns infinity.
         """
-        while self._wakes:
-            now, index = heapq.heappop(self._wakes)
-            rank = self._ranks[index]
+        ranks, wakes, pop = self._ranks, self._wakes, heapq.heappop
+        while wakes:
+            now, index = pop(wakes)
+            rank = ranks[index]
             if now >= rank.clock:
                 self._advance(rank, now)
-        assert all(len(order) == 6 * self._micro_batches for order in self.orders)
-        return max(rank.clock for rank in self._ranks) + max(rank.clock - rank.begin for rank in self._ranks)
+                if self._bound >= shortest:
+                    return math.inf
+        assert not any(rank.work for rank in ranks)
+        return max(rank.clock for rank in ranks) + max(rank.clock - rank.begin for rank in ranks)
+
+    @property
+    def orders(self) -> Orders:
+        """The computations of all ranks in order."""
+        orders = []
+        for rank in self._ranks:
+            numbers = [count() for _ in _KINDS]
+            orders.append(tuple(Instruction(*_KINDS[kind], next(numbers[kind])) for kind in rank.order))
+        return tuple(orders)
 
     def _advance(self, rank: _Rank, now: float) -> None:
         """Start the next computation of a rank that is free, or let it sleep until an input arrives."""
-        chosen: tuple[float, Pass] | None = None  # start and pass
-        earliest = math.inf  # start of any pass
+        chosen: int | None = None
+        start = earliest = math.inf  # of the chosen pass, and of any
         for kind in self._rule.priority:
-            arrival = self._arrival(rank, kind)
-            if arrival is None:
+            arrivals, number = rank.arrivals[kind], rank.next[kind]
+            if number >= len(arrivals) or (kind < _B0 and not rank.has_room(kind)):
                 continue
-            earliest = min(earliest, max(now, arrival))
+            arrival = arrivals[number]
+            if arrival <= now:
+                earliest = now
+                if chosen is None:
+                    chosen, start = kind, now
+                break
+            earliest = min(earliest, arrival)
             if chosen is None and 4 * (arrival - now) <= self._rule.patience * rank.times[kind]:
-                chosen = max(now, arrival), kind
-        gap = (chosen[0] if chosen else earliest) - now
-        if rank.deferred and gap > 0:
-            weights = rank.next_weights(self._joint)
-            if 4 * gap >= (4 if chosen else self._rule.spare) * rank.times[Op.WEIGHT_BACKWARD, weights[0][0]]:
-                for chunk, micro_batch in weights:
-                    rank.deferred.remove((chunk, micro_batch))
-                    self._start(rank, max(now, rank.clock), Op.WEIGHT_BACKWARD, chunk, micro_batch)
+                chosen, start = kind, arrival
+        gap = (earliest if chosen is None else start) - now
+        if gap > 0 and (rank.deferred[0] or rank.deferred[1]):
+            chunk, number = rank.next_weights(self._joint)
+            time = rank.times[_W0 + chunk]
+            if 4 * gap >= (self._rule.spare if chosen is None else 4) * time:
+                self._compute_weights(rank, now, chunk, number)
                 return
-        if chosen:
-            start, (op, chunk) = chosen
-            self._start(rank, start, op, chunk, rank.next[op, chunk])
+        if chosen is not None:
+            self._start(rank, start, chosen)
         elif earliest < math.inf:
             heapq.heappush(self._wakes, (earliest, rank.index))
 
-    def _arrival(self, rank: _Rank, kind: Pass) -> float | None:
-        """Return when the input of the rank's next pass of this kind arrives, None if unknown or without memory."""
-        op, chunk = kind
-        if op is Op.FORWARD and not rank.has_room(kind):
-            return None
-        return self._arrivals.get((op, rank.stages[chunk], rank.next[kind]))
+    def _compute_weights(self, rank: _Rank, now: float, chunk: int, number: int) -> None:
+        """Compute the oldest `number` weight gradients of a chunk one after the other."""
+        time = number * rank.times[_W0 + chunk]
+        rank.order += [_W0 + chunk] * number
+        for _ in range(number):
+            rank.deferred[chunk].popleft()
+        rank.held -= number
+        self._occupy(rank, now, time)
 
-    def _start(self, rank: _Rank, start: float, op: Op, chunk: int, micro_batch: int) -> None:
-        end = start + rank.times[op, chunk]
-        self.orders[rank.index].append(Instruction(op, chunk, micro_batch))
-        if op is Op.WEIGHT_BACKWARD:
-            rank.held -= 1
+    def _start(self, rank: _Rank, start: float, kind: int) -> None:
+        """Start a forward or an input backward, and note when the computation that takes its output receives it."""
+        end = start + rank.times[kind]
+        rank.order.append(kind)
+        rank.next[kind] += 1
+        if kind < _B0:
+            rank.held += 1
         else:
-            rank.next[op, chunk] += 1
-            if op is Op.FORWARD:
-                rank.held += 1
-            else:
-                rank.deferred.append((chunk, micro_batch))
-            self._pass_on(rank, op, rank.stages[chunk], micro_batch, end)
-        rank.clock, rank.begin = end, min(rank.begin, start)
-        heapq.heappush(self._wakes, (end, rank.index))
+            self._deferred += 1
+            rank.deferred[kind - _B0].append(self._deferred)
+        target = rank.targets[kind]
+        if target:
+            home, needed_for, delay = target
+            home.arrivals[needed_for].append(end + delay)
+            if home is not rank:
+                for time in (end, end + delay) if delay else (end,):
+                    if time > home.clock:  # else it looks for work when its computation ends
+                        heapq.heappush(self._wakes, (time, home.index))
+        self._occupy(rank, start, rank.times[kind])
 
-    def _pass_on(self, rank: _Rank, op: Op, stage: int, micro_batch: int, end: float) -> None:
-        """Note when the computation that takes this one's output receives it."""
-        if op is Op.FORWARD and stage == self._last:
-            self._arrivals[Op.INPUT_BACKWARD, stage, micro_batch] = end
-            return
-        to = stage + (1 if op is Op.FORWARD else -1)
-        if to < 0:
-            return
-        home = self._ranks[min(to, self._last - to)]
-        arrival = end if home is rank else end + self._message
-        self._arrivals[op, to, micro_batch] = arrival
-        heapq.heappush(self._wakes, (max(arrival, home.clock), home.index))
-        heapq.heappush(self._wakes, (max(end, home.clock), home.index))
+    def _occupy(self, rank: _Rank, start: float, time: float) -> None:
+        if start > rank.clock or not rank.clock:
+            rank.begin = min(rank.begin, start)
+            self._bound = max(self._bound, 2 * (start + rank.work) - rank.begin)
+        rank.work -= time
+        rank.clock = start + time
+        heapq.heappush(self._wakes, (rank.clock, rank.index))
 
 
 def compact_orders(ranks: int, micro_batches: int) -> Orders:
@@ -243,11 +271,12 @@ def compact_orders(ranks: int, micro_batches: int) -> Orders:
     for rank in range(ranks):
         starts = {_F0: rank, _F1: forward_1 - rank, _B1: backward_1 + rank, _B0: backward_0 - rank}
         taken = {start % 6 for start in starts.values()}
-        for after in (_B1, _B0):
-            start = next(t for t in range(starts[after] + 1, starts[after] + 7) if t % 6 not in taken)
-            starts[Op.WEIGHT_BACKWARD, after[1]] = start
-            taken.add(start % 6)
-        timed = [(start + 6 * i, Instruction(*kind, i)) for kind, start in starts.items() for i in range(micro_batches)]
+        for after, weights in ((_B1, _W1), (_B0, _W0)):
+            starts[weights] = next(t for t in range(starts[after] + 1, starts[after] + 7) if t % 6 not in taken)
+            taken.add(starts[weights] % 6)
+        timed = [
+            (start + 6 * i, Instruction(*_KINDS[kind], i)) for kind, start in starts.items() for i in range(micro_batches)
+        ]
         orders.append(tuple(step for _, step in sorted(timed, key=lambda pair: pair[0])))
     return tuple(orders)
 
