@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llama_ds.config.recompute import AUTO, GIB, Recompute, parse
+from llama_ds.config.recompute import AUTO, GIB, POLICIES, Recompute, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.activation_memory import LayerWork
@@ -112,18 +112,24 @@ def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
 
 def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tuple[str, ...]:
     """Return the policies of a stage's equal layers with the least recompute within `budget` bytes, by full search."""
-    if kept_bytes(work, {"none": layers}, held) <= budget:
+    saved = {policy: work.saved_bytes(policy) for policy in POLICIES}
+    repeated = {policy: work.recomputed_flops(policy) for policy in POLICIES}
+    deferred = layers * work.deferred_wgrad_bytes()
+
+    def fits(counts: Mapping[str, int]) -> bool:
+        kept = sum(saved[policy] * count for policy, count in counts.items())
+        return all(at.to_backward * kept + at.to_weights * deferred <= budget for at in held)
+
+    if fits({"none": layers}):
         return ("none",) * layers
     best: tuple[float, tuple[str, ...]] | None = None
     for full in range(layers + 1):
         for selective in range(layers + 1 - full):
             counts = {"none": layers - full - selective, "selective": selective, "full": full}
-            if kept_bytes(work, counts, held) > budget:
+            cost = sum(repeated[policy] * count for policy, count in counts.items())
+            if (best is not None and cost >= best[0]) or not fits(counts):
                 continue
-            cost = sum(work.recomputed_flops(policy) * count for policy, count in counts.items())
             # The backward reaches the last layers of a stage first, so they release their activations soonest.
-            if best is None or cost < best[0]:
-                order = ("full", "selective", "none")
-                best = cost, tuple(policy for policy in order for _ in range(counts[policy]))
+            best = cost, tuple(policy for policy in ("full", "selective", "none") for _ in range(counts[policy]))
     assert best is not None
     return best[1]

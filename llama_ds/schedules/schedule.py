@@ -181,12 +181,21 @@ def _held(schedule: Schedule) -> list[list[list[Held]]]:
 
 def _maximal(computations: list[Instruction], chunk: int) -> list[Held]:
     """Return the held counts that no other moment exceeds in both numbers."""
-    forwards = inputs = weights = 0
+    to_backward = to_weights = 0
     seen = set()
-    for step in computations:
-        if step.chunk == chunk:
-            forwards += step.op is Op.FORWARD
-            inputs += step.op in BACKWARDS
-            weights += step.op in (Op.BACKWARD, Op.WEIGHT_BACKWARD)
-            seen.add(Held(forwards - inputs, inputs - weights))
-    return sorted(a for a in seen if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in seen))
+    for op, own, _ in computations:
+        if own != chunk:
+            continue
+        if op is Op.FORWARD:
+            to_backward += 1
+        elif op is Op.WEIGHT_BACKWARD:
+            to_weights -= 1
+        else:
+            to_backward -= 1
+            to_weights += op is Op.INPUT_BACKWARD
+        seen.add((to_backward, to_weights))
+    found: list[Held] = []
+    for held in sorted(seen, reverse=True):
+        if not found or held[1] > found[-1].to_weights:
+            found.append(Held(*held))
+    return found[::-1]
