@@ -30,7 +30,8 @@ Orders = tuple[tuple[Instruction, ...], ...]  # computations of each rank
 # A rank's computations of one micro-batch, by number: operation and chunk.
 _KINDS = tuple((op, chunk) for op in (Op.FORWARD, Op.INPUT_BACKWARD, Op.WEIGHT_BACKWARD) for chunk in (0, 1))
 _F0, _F1, _B0, _B1, _W0, _W1 = range(len(_KINDS))
-_MAX_SIMULATED = 300_000  # computations of all tried rules; a second has about 150,000
+_MAX_SIMULATED = 300_000  # computations of all tried rules; they take about a second
+_PERIODS = 4  # how often the passes of a full pipeline repeat in the step for which a rule is chosen
 
 
 class _Rule(NamedTuple):
@@ -60,7 +61,7 @@ _EQUAL_PASSES = tuple(
 )
 
 
-@lru_cache(maxsize=500)
+@lru_cache(maxsize=50)
 def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes, joint: int = 1) -> Orders:
     """Return all ranks' computations in order.
 
@@ -71,23 +72,45 @@ def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes, jo
         times: those of the 2 * ranks stages and of a message between ranks.
         joint: how many micro-batches' weight gradients of a chunk are computed one after the other, if deferred.
     """
+    sizes = limit, times, joint
+    chosen = _best_rule(ranks, shortened(ranks, micro_batches, joint), *sizes)
+    return _orders(ranks, micro_batches, *sizes, chosen)
+
+
+def shortened(ranks: int, micro_batches: int, joint: int) -> int:
+    """Return the micro-batches of the step for which a rule is chosen: a longer one repeats its middle."""
+    period = math.lcm(ranks, joint)
+    enough = _PERIODS * period
+    return micro_batches if micro_batches <= enough + period else enough + micro_batches % period
+
+
+@lru_cache(maxsize=500)
+def _best_rule(ranks: int, micro_batches: int, limit: int, times: PassTimes, joint: int) -> _Rule | None:
+    """Return the rule with the best result; None if that of `compact_orders` is better."""
     bound = _lower_bound(ranks, micro_batches, times)
-    best: Orders = ()
-    shortest = math.inf
     rules = _EQUAL_PASSES if times.equal else _RULES
+    best, shortest = rules[0], math.inf
     for rule in rules[: max(1, _MAX_SIMULATED // (6 * ranks * micro_batches))]:
-        simulation = _Simulation(ranks, micro_batches, limit, times, rule, joint)
-        time = simulation.run(shortest)
+        time = _Simulation(ranks, micro_batches, limit, times, rule, joint).run(shortest)
         if time < shortest:
-            best, shortest = simulation.orders, time
+            best, shortest = rule, time
         if shortest <= bound:
             return best
-    compact = tuple(tuple(together(order, joint)) for order in compact_orders(ranks, micro_batches))
+    compact = _orders(ranks, micro_batches, limit, times, joint, None)
     if max(map(most_held, compact)) <= limit:
         timeline = simulate_orders(compact, Placement(ranks, 2, "v"), times.stages, latency=times.message)
         longest = max(steps[-1][2] - steps[0][1] for steps in timeline.ranks)
-        return compact if timeline.length + longest < shortest else best
+        return None if timeline.length + longest < shortest else best
     return best
+
+
+def _orders(ranks: int, micro_batches: int, limit: int, times: PassTimes, joint: int, rule: _Rule | None) -> Orders:
+    """Return the orders by a rule; None: those of `compact_orders`."""
+    if rule is None:
+        return tuple(tuple(together(order, joint)) for order in compact_orders(ranks, micro_batches))
+    simulation = _Simulation(ranks, micro_batches, limit, times, rule, joint)
+    simulation.run(math.inf)
+    return simulation.orders
 
 
 def _lower_bound(ranks: int, micro_batches: int, times: PassTimes) -> float:
@@ -106,8 +129,10 @@ def _lower_bound(ranks: int, micro_batches: int, times: PassTimes) -> float:
 class _Rank:
     """What a rank has computed so far."""
 
-    __slots__ = ("arrivals", "begin", "clock", "deferred", "held", "index", "limit", "next", "order", "shares")
-    __slots__ += ("targets", "times", "work")
+    __slots__ = (
+        *("arrivals", "begin", "clock", "deferred", "held", "index", "limit", "next", "order", "shares", "targets"),
+        *("times", "work"),
+    )
 
     def __init__(self, index: int, ranks: int, micro_batches: int, limit: int, times: PassTimes) -> None:
         self.index = index
@@ -119,7 +144,9 @@ class _Rank:
         self.work = micro_batches * sum(self.times)  # what is not computed yet
         self.next = [0] * 4  # next micro-batch of each forward and input backward
         self.arrivals: list[list[float]] = [[], [], [], []]  # of their inputs, by micro-batch
-        self.targets: list[tuple[_Rank, int, float] | None] = [None] * 4  # who takes the output, as what, after how long
+        self.targets: list[tuple[_Rank, int, float] | None] = [
+            None
+        ] * 4  # who takes the output, as what, after how long
         self.deferred: tuple[deque[int], deque[int]] = (deque(), deque())  # by chunk: when each was deferred, by count
         self.held = 0  # forwards whose weight gradients are not computed
         self.limit = limit
@@ -148,9 +175,7 @@ class _Simulation:
 
     def __init__(self, ranks: int, micro_batches: int, limit: int, times: PassTimes, rule: _Rule, joint: int) -> None:
         self._ranks = [_Rank(rank, ranks, micro_batches, limit, times) for rank in range(ranks)]
-        for rank, before, after in zip(
-            self._ranks, [None, *self._ranks[:-1]], [*self._ranks[1:], None], strict=True
-        ):
+        for rank, before, after in zip(self._ranks, [None, *self._ranks[:-1]], [*self._ranks[1:], None], strict=True):
             rank.targets = [
                 (after, _F0, times.message) if after else (rank, _F1, 0),
                 (before, _F1, times.message) if before else (rank, _B1, 0),
@@ -275,7 +300,9 @@ def compact_orders(ranks: int, micro_batches: int) -> Orders:
             starts[weights] = next(t for t in range(starts[after] + 1, starts[after] + 7) if t % 6 not in taken)
             taken.add(starts[weights] % 6)
         timed = [
-            (start + 6 * i, Instruction(*_KINDS[kind], i)) for kind, start in starts.items() for i in range(micro_batches)
+            (start + 6 * i, Instruction(*_KINDS[kind], i))
+            for kind, start in starts.items()
+            for i in range(micro_batches)
         ]
         orders.append(tuple(step for _, step in sorted(timed, key=lambda pair: pair[0])))
     return tuple(orders)

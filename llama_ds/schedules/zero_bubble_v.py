@@ -69,7 +69,7 @@ def _compact_limit(ranks: int) -> int:
     return max(map(most_held, compact_orders(ranks, 4 * ranks)))
 
 
-@lru_cache(maxsize=500)
+@lru_cache(maxsize=20)
 def _instructions(plan: ZeroBubbleV) -> list[list[Instruction]]:
     orders, placement = plan.orders, Placement(plan.ranks, 2, "v")
     timeline = simulate_orders(orders, placement, plan.times.stages, latency=plan.times.message).ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from itertools import pairwise
 
@@ -230,6 +231,29 @@ def test_leading_forwards_need_nothing_else(name: str) -> None:
             for op in (Op.SEND_ACTIVATION, Op.POST_ACTIVATION)
         )
         assert sent == posted and max(sent.values()) == 1
+
+
+def test_ranks_of_a_v_hold_what_they_may() -> None:
+    """The planner's search counts on seven tenths (`HELD`) of the limit or of all forwards, before any order exists."""
+    rng = random.Random(11)
+    for _ in range(30):
+        ranks, name = rng.choice([2, 3, 4, 8]), rng.choice(V_SCHEDULES)
+        times = [10, *(rng.randint(8, 20) for _ in range(2)), rng.randint(0, 2)]
+        schedule = Schedule(name, ranks, rng.randint(ranks, 3 * ranks), 2, rng.choice([0, 2, 4]), tuple(times))
+        limit = min(schedule._in_a_v.limit, 2 * schedule.micro_batches)
+        for rank in range(ranks):
+            held = sum(max(map(sum, moments)) for moments in schedule.held[rank])
+            assert held >= 0.7 * limit, schedule
+
+
+def test_long_steps_of_a_v_are_ordered_by_the_rule_of_a_shorter_one() -> None:
+    """What is held, and the time of more micro-batches, are then those of the shorter step."""
+    times = (50, 58, 44, 2)
+    short, long = (Schedule("zb_v", 4, number, 2, 2, times) for number in (17, 61))
+    assert short.held == long.held
+    cost = StageCost(*times[:3])
+    lengths = [simulate(schedule, cost, latency=2).length for schedule in (short, long)]
+    assert lengths[1] - lengths[0] == pytest.approx(44 * 2 * sum(times[:3]), rel=0.03)
 
 
 def test_no_bubble_remains_between_steps_that_begin_before_the_norm() -> None:

@@ -20,6 +20,7 @@ from llama_ds.perf.plan.likely import Interval, likely_speed
 from llama_ds.perf.plan.memory import Memory, run_memory
 from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.step import StepTime, step_time
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ def with_partition(run: RunConfig) -> RunConfig:
 
 
 def filled(run: RunConfig, layout: Layout) -> Layout:
-    """Return the layout with just enough micro-batches to fill its pipeline; more do not need more memory."""
+    """Return the layout with just enough micro-batches to fill its pipeline; more do not need more memory.
+
+    Those of a zero-bubble V may, because its order is computed.
+    """
+    if run.parallel.schedule in V_SCHEDULES:
+        return layout
     period = math.lcm(layout.pp, run.parallel.joint_weight_gradients)
     enough = 3 * period
     if layout.accumulation <= enough + period:
