@@ -79,11 +79,15 @@ def test_pieces_that_are_too_small_want_another_allocator_setting(monkeypatch: p
     assert "use parallel.recompute=selective" in str(error_of(failed))
 
 
+EARLY_V = ["parallel.schedule=zb_v", "parallel.virtual_stages=2"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "missing_gib", "setting"),
     [
         (["parallel.sequence_parallel=false"], 1, "parallel.sequence_parallel=true"),
         (["parallel.joint_weight_gradients=4"], 1, "parallel.joint_weight_gradients=1"),
+        ([*EARLY_V, "parallel.post_validation=true"], 1, "parallel.post_validation=false"),
         ([], 1, "parallel.recompute=selective"),
         ([], 10, "parallel.recompute=full"),
         (["parallel.recompute=full"], 1, "parallel.micro_batch=2"),

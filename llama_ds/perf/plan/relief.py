@@ -111,6 +111,8 @@ def _by_cost(run: RunConfig, layout: Layout) -> Iterator[tuple[str, RunConfig]]:
         yield set_to(sequence_parallel=True)
     if parallel.joint_weight_gradients > 1:
         yield set_to(joint_weight_gradients=1)
+    if parallel.post_validation:  # without the second copy of masters and moments
+        yield set_to(post_validation=False)
     zero = run.zero_stage
     for stage in range(zero + 1, 4 if parallel.pp == 1 else 2):
         if layout.data_axis > 1 and stage < 3:
