@@ -31,6 +31,11 @@ _WITH_WARMUP = ("1f1b", "zb_h1", *V_SCHEDULES)
 DEFERRING = ("zb_h1", *IN_A_V)  # with weight gradients that are computed later than those of inputs
 
 
+def defers(name: str, joint: int) -> bool:
+    """Return whether weight gradients are computed later than those of inputs, `joint` micro-batches' at a time."""
+    return name in DEFERRING or joint > 1
+
+
 def obstacle(
     name: str,
     ranks: int,

@@ -130,9 +130,7 @@ class _Pass(NamedTuple):
     link: tuple[int, int]  # ranks between which it is sent
 
 
-def _pass(
-    step: Instruction, rank: int, placement: Placement, costs: StageCost | Sequence[StageCost]
-) -> _Pass:
+def _pass(step: Instruction, rank: int, placement: Placement, costs: StageCost | Sequence[StageCost]) -> _Pass:
     cost = costs if isinstance(costs, StageCost) else costs[placement.stage(rank, step.chunk)]
     wanted, output = awaited(step, rank, placement), produced(step, rank, placement)
     return _Pass(

@@ -29,6 +29,7 @@ from llama_ds.perf.plan.step import step_time
 from llama_ds.perf.plan.tables import paper_speed, search_data, search_table
 from llama_ds.perf.plan.write import write
 from llama_ds.schedules.schedule import DEFERRING
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 REPO = Path(__file__).resolve().parents[2]
 A100 = hardware.load("a100-80gb")
@@ -77,9 +78,11 @@ def test_the_papers_speed_lies_between_a_layout_of_its_time_and_the_best(found: 
 def test_no_pruned_layout_is_faster() -> None:
     """Exhaustive search on a small problem: the bound must not prune a layout that belongs among the best."""
     run = base("7b", "training.global_batch=16", "data.seq_len=8192")
-    best = search(run, 16, A100, top=3)
+    best = search(run, 16, A100, top=9)
     every = []
     for layout in layouts(run, 16, A100):
+        if layout.parallel.schedule in V_SCHEDULES:  # tests/perf/test_plan_v_search.py
+            continue
         joint = (1, 2) if layout.parallel.pp > 1 and layout.parallel.schedule in DEFERRING else (1,)
         times = []
         for parallel in (replace(layout.parallel, joint_weight_gradients=number) for number in joint):
@@ -89,8 +92,9 @@ def test_no_pruned_layout_is_faster() -> None:
                 continue
             times += [item.step.seconds] if item.fits else []
         every += [min(times)] if times else []
-    assert best.legal == len(every)
-    assert [item.step.seconds for item in best.best] == pytest.approx(sorted(every)[:3])
+    others = [item.step.seconds for item in best.best if item.run.parallel.schedule not in V_SCHEDULES]
+    assert len(others) >= 3 and best.legal > len(every)
+    assert others == pytest.approx(sorted(every)[: len(others)])
     assert {f"context parallelism by {how}" for how in ("a ring", "all-to-alls")} <= set(best.of_kind)
 
 

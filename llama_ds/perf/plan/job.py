@@ -65,6 +65,7 @@ class StepJob:
     fp8_weight_gradients: bool = False
     joint: int = 1  # micro-batches whose weight gradients are one product: `parallel.joint_weight_gradients`
     exchanged: int = 0  # ranks that add gradients before owners get and add bf16; 0: gradients are reduce-scattered
+    assumed_joint_share: float | None = None  # `joint_share` of all stages before the schedule has an order
     planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
@@ -165,6 +166,8 @@ class StepJob:
         """Return the share of a stage's micro-batches whose weight gradients are products for `joint` of them."""
         if self.joint == 1:
             return 0.0
+        if self.assumed_joint_share is not None:
+            return self.assumed_joint_share
         plan = self.plan(min(self.micro_batches, 4 * self.period + self.micro_batches % self.period))
         rank, chunk = plan.placement.home(stage)
         return joint_shares(plan)[rank][chunk]

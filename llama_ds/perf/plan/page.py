@@ -50,10 +50,13 @@ def page(title: str, found: SearchResult, cost: Cost) -> str:
         scatter(found.points),
         "<h2>Cost of the run</h2>",
         cost_table(cost),
-        "<h2>Rejected layouts</h2>",
+        "<h2>Layouts rejected or left out</h2>",
         _table(
             ("count", "reason", "example"),
-            [(f"{item.count}", why, item.example) for why, item in sorted(found.rejected.items())],
+            [
+                (f"{item.count}", why, item.example)
+                for why, item in (*sorted(found.rejected.items()), *found.ordering.left_out.items())
+            ],
         ),
     ]
     return (

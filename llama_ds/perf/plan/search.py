@@ -3,7 +3,7 @@
 The trainer's own rules (`config`) decide which layouts are legal, its own memory model (`layout`) which ones fit. The
 lower bound of a layout is the busiest rank's work with its pipeline fill and drain; layouts with a bound above the best
 result are not simulated. Of what does not change a layout's ranks, the search chooses the chunks of tensor-parallel
-collectives, and single or joint weight gradients where they are deferred.
+collectives, single or joint weight gradients where they are deferred, and the zero-bubble V (`v_search.py`).
 """
 
 from __future__ import annotations
@@ -11,33 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, group_ranks
-from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.numbers import divisors
-from llama_ds.config.rules import check
-from llama_ds.config.schema import ModelConfig, ParallelConfig, RunConfig
+from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.layout import Layout, resolve_layout
-from llama_ds.layout.partition import boundaries, decoder_layers
-from llama_ds.layout.rank_memory import rank_memory
-from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
+from llama_ds.layout.recompute import GIB
 from llama_ds.perf.plan.bound import lower_bound
-from llama_ds.perf.plan.estimate import Estimate, check_peak, filled, held_by
+from llama_ds.perf.plan.candidate import Candidate, Rejected, candidate, reject
+from llama_ds.perf.plan.estimate import Estimate, check_peak
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import StepJob, job_of
-from llama_ds.perf.plan.memory import Memory
-from llama_ds.perf.plan.step import step_time
-from llama_ds.perf.plan.tensor_chunks import with_chunks
+from llama_ds.perf.plan.v_search import PAIR, Ordering, VSize, v_sizes
 from llama_ds.schedules.schedule import DEFERRING
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 MAX_MICRO_BATCH = 16
 MIN_SHARED_TOKENS = 2048  # minimum share of a row on a context-parallel rank; smaller ones cost more messages
-PAIR = 2  # micro-batches whose deferred weight gradients are one product
 _VIRTUAL = (2, 3, 4, 5, 6, 8, 10)
 _SCHEDULES = (
-    *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0))),
+    *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0), ("zb_v", 2, 0))),
     *(("interleaved", chunks, 0) for chunks in _VIRTUAL),
 )
 
@@ -57,18 +49,6 @@ KINDS: dict[str, Callable[[ParallelConfig, Hardware], bool]] = {
 
 
 @dataclass
-class Rejected:
-    """Layouts rejected for one reason."""
-
-    count: int = 0
-    example: str = ""
-
-    def add(self, example: str) -> None:
-        self.count += 1
-        self.example = self.example or example
-
-
-@dataclass
 class SearchResult:
     """Result of a search."""
 
@@ -77,6 +57,7 @@ class SearchResult:
     legal: int = 0
     simulated: int = 0
     rejected: dict[str, Rejected] = field(default_factory=dict)
+    ordering: Ordering = field(default_factory=Ordering)  # of zero-bubble Vs
     points: list[tuple[str, int, float, float]] = field(default_factory=list)  # schedule, pp, GiB, tokens/s/GPU
 
 
@@ -94,30 +75,36 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
         raise UserError(f"{world} GPUs: the number of GPUs is not positive; give 1 or more")
     check_peak(base, gpu)
     found = SearchResult([])
-    candidates = []
+    candidates: list[_Bounded | VSize] = []
     for run in layouts(base, world, gpu, found.rejected):
-        candidate = _candidate(run, world, gpu, found.rejected)
-        if candidate:
-            candidates.append(candidate)
+        if run.parallel.schedule in V_SCHEDULES:
+            candidates += v_sizes(run, world, gpu, found.rejected)
+        elif bounded := _bounded(run, world, gpu, found.rejected):
+            candidates.append(bounded)
     found.legal = len(candidates)
-    if not candidates:
-        raise no_layout(base, world, gpu, found.rejected)
-    candidates.sort(key=lambda c: c.bound)
+    candidates.sort(key=lambda c: (c.late, c.bound))
+    simulated: set[int] = set()
     worst = float("inf")
-    for candidate in candidates:
-        if candidate.bound >= worst:
-            break
-        result = _simulate(candidate, world, gpu, found)
+    for number, one in enumerate(candidates):
+        if one.bound >= worst:
+            continue
+        simulated.add(number)
+        result = _simulate(one, gpu, found, worst)
+        if result is None:
+            continue
         found.best = sorted([*found.best, result], key=lambda e: e.step.seconds)[:top]
         if len(found.best) == top:
             worst = found.best[-1].step.seconds
+    if not found.best:
+        raise no_layout(base, world, gpu, found.rejected)
     for kind, belongs in KINDS.items():  # fastest layout of each kind that is not simulated yet
-        for candidate in candidates:
+        for number, one in enumerate(candidates):
             known = found.of_kind.get(kind)
-            if known and candidate.bound >= known.step.seconds:
-                break
-            if belongs(candidate.run.parallel, gpu):
-                _simulate(candidate, world, gpu, found)
+            if known and one.bound >= known.step.seconds:
+                continue
+            if number not in simulated and belongs(one.run.parallel, gpu):
+                simulated.add(number)
+                _simulate(one, gpu, found, known.step.seconds if known else float("inf"))
     return found
 
 
@@ -129,11 +116,11 @@ def layouts(
     model, base = base.model, replace(base, deepspeed={"bf16": {"enabled": gpu.dtype == "bf16"}})
     for tp in divisors(world):
         if tp > gpu.links.gpus_per_node:
-            _reject(rejected, "tensor parallelism across nodes", f"tp {tp} on nodes of {gpu.links.gpus_per_node}")
+            reject(rejected, "tensor parallelism across nodes", f"tp {tp} on nodes of {gpu.links.gpus_per_node}")
             continue
         for pp in divisors(world // tp):
             if pp > model.num_hidden_layers:
-                _reject(rejected, "more stages than layers", f"pp {pp}, {model.num_hidden_layers} layers")
+                reject(rejected, "more stages than layers", f"pp {pp}, {model.num_hidden_layers} layers")
                 continue
             for sizes in _sharings(base, tp, world // tp // pp, gpu.links.gpus_per_node, rejected):
                 yield from _of_data_axis(base, replace(sizes, pp=pp), world // tp // pp, rejected)
@@ -158,11 +145,11 @@ def _sharings(
         shared = f"tp {tp} cp {cp}"
         parts = cp * tp * (1 if base.data.document_mask else 2)
         if seq_len % parts:
-            _reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {parts}")
+            reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {parts}")
         else:
             yield replace(sizes, cp_method=RING)
         if heads % cp or seq_len % (cp * tp):
-            _reject(rejected, "heads or rows that all-to-alls cannot divide", f"{shared}: {heads} heads of a rank")
+            reject(rejected, "heads or rows that all-to-alls cannot divide", f"{shared}: {heads} heads of a rank")
         else:
             yield replace(sizes, cp_method=ALL_TO_ALL)
         group = group_ranks(replace(base, parallel=sizes), node_ranks)
@@ -170,7 +157,7 @@ def _sharings(
             yield replace(sizes, cp_method=HIERARCHICAL, cp_all_to_all=group)
         elif cp > 2:
             why = f"{shared}: {heads} heads of a rank, {node_ranks} ranks of a node"
-            _reject(rejected, "no groups within nodes that heads and rows allow, for a ring of groups", why)
+            reject(rejected, "no groups within nodes that heads and rows allow, for a ring of groups", why)
 
 
 def _of_data_axis(
@@ -184,7 +171,7 @@ def _of_data_axis(
     if cp > 1 and sizes.cp_method != RING:  # counted once for all methods
         return
     near = [n for n in divisors(ranks * pp) if rows % (ranks * pp // n) == 0]
-    _reject(
+    reject(
         rejected,
         "dp does not divide the global batch",
         f"tp {tp} pp {pp}{f' cp {cp}' if cp > 1 else ''}: dp {dp} does not divide {rows} rows"
@@ -242,106 +229,58 @@ def _run(
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    run: RunConfig
-    layout: Layout
-    policies: tuple[StagePolicies, ...]
-    memory: tuple[Memory, ...]
-    job: StepJob
+class _Bounded:
+    """A layout that fits, with a lower bound of its time."""
+
+    fitting: Candidate
     bound: float
+    late = 0
+
+    @property
+    def run(self) -> RunConfig:
+        return self.fitting.run
 
 
-def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> _Candidate | None:
-    parallel = run.parallel
-    shared = f" cp {parallel.cp} {parallel.cp_method}" if parallel.cp > 1 else ""
-    words = f"tp {parallel.tp} pp {parallel.pp}{shared} micro-batch {parallel.micro_batch} {parallel.schedule}"
-    partition = _partition(run.model, run.data.seq_len, parallel.pp * parallel.virtual_stages)
-    recompute = f"auto: {gpu.memory_gib:g} GiB" if parallel.recompute == "auto" else parallel.recompute
-    run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute))
-    try:
-        check(run)
-        layout = resolve_layout(run, world)
-        deepspeed_config(run, layout, gpu.dtype == "bf16")
-    except UserError as error:
-        _reject(rejected, "refused by the trainer's rules: " + _class_of(str(error)), f"{words}: {error}")
+def _bounded(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> _Bounded | None:
+    """Return a layout with its bound; None if it is rejected."""
+    fitting = candidate(run, world, gpu, rejected)
+    if fitting is None:
         return None
-    held = rank_memory(run, filled(run, layout), gpu.element_bytes)
-    states = max(rank.fixed for rank in held) if run.zero_stage == 1 else 0
-    if states > USABLE * gpu.memory_bytes:
-        _reject(
-            rejected,
-            "weights, gradients and optimizer alone do not fit",
-            f"{words}: {states / GIB:.1f} of the {USABLE * gpu.memory_gib:.1f} GiB that may be used",
-        )
-        return None
-    try:
-        policies, memory = held_by(run, layout, gpu)
-    except UserError as error:
-        _reject(rejected, "does not fit, even with full recompute", f"{words}: {error}")
-        return None
-    peak = max(rank.total for rank in memory)
-    if peak > gpu.memory_bytes:
-        _reject(
-            rejected,
-            "whole matrices of Muon do not fit" if _lacks_matrices(memory, gpu) else "does not fit",
-            f"{words} ZeRO-{run.zero_stage} recompute {recompute}: {peak / GIB:.1f} of {gpu.memory_gib:g} GiB",
-        )
-        return None
-    run, job = with_chunks(gpu, run, job_of(run, layout, policies, gpu.dtype))
-    return _Candidate(run, layout, policies, memory, job, _bound(gpu, job))
+    bound = lower_bound(gpu, fitting.job)
+    if _tries_pairs(fitting):
+        bound = min(bound, lower_bound(gpu, replace(fitting.job, joint=PAIR)))
+    return _Bounded(fitting, bound)
 
 
-def _bound(gpu: Hardware, job: StepJob) -> float:
-    """Return a lower bound of the step time, with weight gradients one by one and in pairs if they are deferred."""
-    bound = lower_bound(gpu, job)
-    return min(bound, lower_bound(gpu, replace(job, joint=PAIR))) if _tries_pairs(job) else bound
-
-
-def _tries_pairs(job: StepJob) -> bool:
+def _tries_pairs(fitting: Candidate) -> bool:
+    job = fitting.job
     return job.pp > 1 and job.schedule in DEFERRING and job.joint == 1
 
 
-def _lacks_matrices(memory: tuple[Memory, ...], gpu: Hardware) -> bool:
-    """Return whether a layout would fit but for the matrices of Muon's step."""
-    return all(rank.kept + rank.activations + rank.working <= gpu.memory_bytes for rank in memory)
+def _simulate(one: _Bounded | VSize, gpu: Hardware, found: SearchResult, worst: float) -> Estimate | None:
+    """Return the estimate of a layout, or of the best V of a size if it may beat `worst`; record it in `found`.
 
-
-@lru_cache(maxsize=1000)
-def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
-    return tuple(decoder_layers(boundaries(model, seq_len, stages, None)))
-
-
-def _simulate(candidate: _Candidate, world: int, gpu: Hardware, found: SearchResult) -> Estimate:
-    """Return the candidate's estimate, and record it in `found`. Pairs of weight gradients are used where faster."""
-    tried = [candidate]
-    if _tries_pairs(candidate.job):
-        parallel = replace(candidate.run.parallel, joint_weight_gradients=PAIR)
-        pairs = _candidate(replace(candidate.run, parallel=parallel), world, gpu, {})
-        tried += [pairs] if pairs else []
-    result = min((_estimate(one, gpu) for one in tried), key=lambda one: one.step.seconds)
+    Pairs of weight gradients are used where faster.
+    """
+    if isinstance(one, VSize):
+        result = one.fastest(gpu, worst, found.ordering, found.rejected)
+        if result is None:
+            return None
+    else:
+        tried = [one.fitting]
+        if _tries_pairs(one.fitting):
+            run = replace(one.run, parallel=replace(one.run.parallel, joint_weight_gradients=PAIR))
+            pairs = candidate(run, one.fitting.layout.world, gpu, {})
+            tried += [pairs] if pairs else []
+        result = min((each.estimate(gpu) for each in tried), key=lambda each: each.step.seconds)
     found.simulated += 1
-    schedule = result.run.parallel.schedule if candidate.layout.pp > 1 else "no pipeline"
-    found.points.append((schedule, candidate.layout.pp, result.peak_bytes / GIB, result.step.tokens_per_second))
+    schedule = result.run.parallel.schedule if result.layout.pp > 1 else "no pipeline"
+    found.points.append((schedule, result.layout.pp, result.peak_bytes / GIB, result.step.tokens_per_second))
     for kind, belongs in KINDS.items():
         known = found.of_kind.get(kind)
-        if belongs(candidate.run.parallel, gpu) and (known is None or result.step.seconds < known.step.seconds):
+        if belongs(result.run.parallel, gpu) and (known is None or result.step.seconds < known.step.seconds):
             found.of_kind[kind] = result
     return result
-
-
-def _estimate(candidate: _Candidate, gpu: Hardware) -> Estimate:
-    step = step_time(gpu, candidate.job)
-    return Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)
-
-
-def _reject(rejected: dict[str, Rejected], why: str, example: str) -> None:
-    rejected.setdefault(why, Rejected()).add(example)
-
-
-def _class_of(message: str) -> str:
-    """Return the key that a rule's error message names."""
-    words = message.split(": ", 1)[-1].split()
-    return words[0] if words else "?"
 
 
 def no_layout(base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> UserError:
@@ -363,6 +302,6 @@ def nearest(base: RunConfig, world: int, gpu: Hardware) -> str:
         if count == world:
             continue
         for run in layouts(base, count, gpu):
-            if _candidate(run, count, gpu, {}):
+            if run.parallel.schedule not in V_SCHEDULES and candidate(run, count, gpu, {}):
                 return f"On {count:,} GPUs there is one: use that, or a smaller model, sequence length or batch"
     return "Use GPUs with more memory, a smaller model or a shorter sequence length"

@@ -11,6 +11,7 @@ from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.planned_documents import assumption
 from llama_ds.layout.recompute import GIB
+from llama_ds.perf.plan.candidate import Rejected
 from llama_ds.perf.plan.cost import (
     CARBON,
     LAW,
@@ -81,6 +82,9 @@ def search_table(found: SearchResult, cost: Cost) -> str:
     ]
     for why, others in sorted(found.rejected.items(), key=lambda pair: -pair[1].count):
         lines.append(f"  {others.count:>5}  {why}: {others.example}")
+    if found.ordering.left_out:
+        lines += ["", "left out, though their bounds are among the best:"]
+        lines += [f"  {one.count:>5}  {why}: {one.example}" for why, one in found.ordering.left_out.items()]
     return "\n".join(lines)
 
 
@@ -119,6 +123,7 @@ def _schedule(item: Estimate) -> str:
         return "-"
     words = f"{parallel.schedule} x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else parallel.schedule
     words += f" +{parallel.extra_warmup}" if parallel.extra_warmup else ""
+    words += " early" if parallel.post_validation else ""
     return words + (f" joint {parallel.joint_weight_gradients}" if parallel.joint_weight_gradients > 1 else "")
 
 
@@ -172,8 +177,14 @@ def search_data(found: SearchResult, cost: Cost) -> dict[str, Any]:
         "best": [as_data(item) for item in found.best],
         "of_kind": {kind: as_data(item) for kind, item in found.of_kind.items()},
         "cost": cost_data(cost),
-        "rejected": {why: {"count": item.count, "example": item.example} for why, item in found.rejected.items()},
+        "rejected": _counts(found.rejected),
+        "left_out": _counts(found.ordering.left_out),
+        "ordered_computations": found.ordering.computations,
     }
+
+
+def _counts(groups: Mapping[str, Rejected]) -> dict[str, dict[str, Any]]:
+    return {why: {"count": item.count, "example": item.example} for why, item in groups.items()}
 
 
 def cost_data(cost: Cost) -> dict[str, float]:

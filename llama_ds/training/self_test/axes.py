@@ -18,7 +18,7 @@ from llama_ds.config.section_rules import WITHOUT_MUON
 from llama_ds.errors import listed
 from llama_ds.parallel import world
 from llama_ds.parallel.temporary import part_of_world
-from llama_ds.schedules.schedule import DEFERRING
+from llama_ds.schedules.schedule import defers
 from llama_ds.training.self_test.comparison import bounds_of, compare
 from llama_ds.training.self_test.small_run import SmallRun, with_axes, without_schedule
 
@@ -127,7 +127,7 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
         yield "data.document_mask=false", of("data", document_mask=False)
     if compute.attention_backend != "reference":
         yield "compute.attention_backend=reference", of("compute", attention_backend="reference")
-    deferred = small.layout.pp > 1 and (parallel.schedule in DEFERRING or parallel.joint_weight_gradients > 1)
+    deferred = small.layout.pp > 1 and defers(parallel.schedule, parallel.joint_weight_gradients)
     if compute.decoder_layer != "autograd" and parallel.recompute in ("none", "full") and not deferred:
         by_autograd = replace(
             run, parallel=replace(parallel, tp_chunks=1), compute=replace(compute, decoder_layer="autograd")
