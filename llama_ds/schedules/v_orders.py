@@ -141,12 +141,12 @@ class _Rank:
         self.order: list[int] = []  # kinds of passes
         self.clock = 0.0
         self.begin = math.inf
-        self.work = micro_batches * sum(self.times)  # what is not computed yet
+        self.work = micro_batches * sum(self.times)  # time of the computations still to come
         self.next = [0] * 4  # next micro-batch of each forward and input backward
-        self.arrivals: list[list[float]] = [[], [], [], []]  # of their inputs, by micro-batch
+        self.arrivals: list[list[float]] = [[], [], [], []]  # when inputs arrive, by micro-batch
         self.targets: list[tuple[_Rank, int, float] | None] = [
             None
-        ] * 4  # who takes the output, as what, after how long
+        ] * 4  # the rank that takes the output, its pass, and the delay
         self.deferred: tuple[deque[int], deque[int]] = (deque(), deque())  # by chunk: when each was deferred, by count
         self.held = 0  # forwards whose weight gradients are not computed
         self.limit = limit
@@ -185,7 +185,7 @@ class _Simulation:
         self._ranks[0].arrivals[_F0] = [0.0] * micro_batches
         self._rule, self._joint, self._deferred = rule, joint, 0
         self._wakes = [(0.0, rank) for rank in range(ranks)]
-        self._bound = 0.0  # of what `run` returns
+        self._bound = 0.0  # lower bound of what `run` returns
 
     def run(self, shortest: float) -> float:
         """Simulate; return the length of the step plus the longest time that a rank is busy with it.
@@ -216,7 +216,7 @@ class _Simulation:
     def _advance(self, rank: _Rank, now: float) -> None:
         """Start the next computation of a rank that is free, or let it sleep until an input arrives."""
         chosen: int | None = None
-        start = earliest = math.inf  # of the chosen pass, and of any
+        start = earliest = math.inf  # when the chosen pass and any pass could begin
         for kind in self._rule.priority:
             arrivals, number = rank.arrivals[kind], rank.next[kind]
             if number >= len(arrivals) or (kind < _B0 and not rank.has_room(kind)):

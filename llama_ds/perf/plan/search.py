@@ -57,7 +57,7 @@ class SearchResult:
     legal: int = 0
     simulated: int = 0
     rejected: dict[str, Rejected] = field(default_factory=dict)
-    ordering: Ordering = field(default_factory=Ordering)  # of zero-bubble Vs
+    ordering: Ordering = field(default_factory=Ordering)  # work on zero-bubble Vs
     points: list[tuple[str, int, float, float]] = field(default_factory=list)  # schedule, pp, GiB, tokens/s/GPU
 
 

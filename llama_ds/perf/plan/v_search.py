@@ -29,14 +29,14 @@ from llama_ds.schedules.pass_times import EQUAL_PASSES, PassTimes, pass_times_of
 from llama_ds.schedules.simulate import StageCost
 from llama_ds.schedules.zero_bubble_v import ZeroBubbleV
 
-MAX_RANKS = 32  # of a pipeline that is ordered
+MAX_RANKS = 32  # the deepest pipeline that is ordered
 MAX_ORDERED = 3_000_000  # computations of all orders of a search
 CLOSE = 1.002  # the Vs of a size end with one that is this close to the bound of the others
 FAR = 1.06  # a choice is left when its step is that much longer than the best: other units change it by up to 5 percent
 PAIR = 2  # micro-batches whose weight gradients are one product
 LIMITS = (("zb_v", 4), ("zb_v", 2), ("zb_v", 0), ("v_half", 0), ("v_min", 0))  # by memory held: with extra warm-up
 HELD = 0.7  # share of the forwards of a chunk that a rank may hold, which it does hold at some time in any order
-_UNITS = (50, 12)  # of a mean forward, in which the times of passes are stated
+_UNITS = (50, 12)  # the mean forward's time, in the units that state the times of passes
 _TOO_DEEP = f"zero-bubble Vs of more than {MAX_RANKS} ranks, which only `estimate` orders"
 _TOO_MANY = f"zero-bubble Vs after {MAX_ORDERED:,} ordered computations, where the search stops; `estimate` plans them"
 _NONE_FITS = "no zero-bubble V fits"
@@ -45,7 +45,7 @@ _NONE_FITS = "no zero-bubble V fits"
 class _Choice(NamedTuple):
     """What distinguishes the Vs of a size."""
 
-    bound: float  # of the step's time
+    bound: float  # lower bound of the step's time
     memory: int  # position in LIMITS
     joint: int
     post_validation: bool
