@@ -56,7 +56,14 @@ class Ordering:
     """The work that a search has spent on orders, and the Vs that it left out because of it."""
 
     computations: int = 0
-    left_out: dict[str, Rejected] = field(default_factory=dict)
+    left_out: dict[str, Rejected] = field(default_factory=dict)  # the example is the one with the best bound
+    least: dict[str, float] = field(default_factory=dict)  # its bound, by reason
+
+    def leave_out(self, why: str, example: str, bound: float) -> None:
+        """Count a V that is left out."""
+        reject(self.left_out, why, example)
+        if bound < self.least.get(why, float("inf")):
+            self.least[why], self.left_out[why].example = bound, example
 
     @property
     def spent(self) -> bool:
@@ -115,7 +122,8 @@ class VSize:
         why = _TOO_DEEP if self.layout.pp > MAX_RANKS else _TOO_MANY if ordering.spent else None
         if why:
             speed = self.layout.global_batch * self.run.data.seq_len / self.layout.world / self.bound
-            reject(ordering.left_out, why, f"{words_of(self.run)}: at most {speed:,.0f} tokens/s/GPU")
+            name = words_of(self.run) + (", and those that hold less" if self.less_memory else "")
+            ordering.leave_out(why, f"{name}: at most {speed:,.0f} tokens/s/GPU", self.bound)
         return why is not None
 
     def _ordered(
