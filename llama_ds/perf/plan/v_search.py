@@ -122,7 +122,8 @@ class VSize:
         why = _TOO_DEEP if self.layout.pp > MAX_RANKS else _TOO_MANY if ordering.spent else None
         if why:
             speed = self.layout.global_batch * self.run.data.seq_len / self.layout.world / self.bound
-            name = words_of(self.run) + (", and those that hold less" if self.less_memory else "")
+            name = words_of(self.run)
+            name = name.replace("zb_v", "v_half or v_min") if self.less_memory else name
             ordering.leave_out(why, f"{name}: at most {speed:,.0f} tokens/s/GPU", self.bound)
         return why is not None
 
