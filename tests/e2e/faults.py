@@ -112,11 +112,7 @@ def inject(kind: str, site: Site) -> Injected:
         for process in hosts.processes(host, "llama_ds/standby.py")[:1]:  # before an attempt's first step there is none
             send(process, signal.SIGKILL)
     elif kind in FLIPS:
-        request = {"layer": chance.random(), "element": chance.random(), "bit": chance.randrange(32)}
-        injected.about = request
-        path = site.requests / f"flip_{rank}.json"
-        path.with_suffix(".new").write_text(json.dumps({"site": kind, **request}))
-        path.with_suffix(".new").rename(path)
+        injected.about = request_flip(kind, rank, site)
     else:
         (victim,) = job.ranks(host)
         if kind == "killed while saving":
@@ -127,6 +123,16 @@ def inject(kind: str, site: Site) -> Injected:
             injected.about = {"damaged": damage_states(host, rank, site)}
             send(victim, signal.SIGKILL)
     return injected
+
+
+def request_flip(kind: str, rank: int, site: Site) -> dict[str, Any]:
+    """Ask a rank to flip a random bit; return which one."""
+    chance = site.chance
+    request = {"layer": chance.random(), "element": chance.random(), "bit": chance.randrange(32)}
+    path = site.requests / f"flip_{rank}.json"
+    path.with_suffix(".new").write_text(json.dumps({"site": kind, **request}))
+    path.with_suffix(".new").rename(path)
+    return request
 
 
 def fill(disk: Path) -> None:

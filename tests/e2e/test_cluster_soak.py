@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 from cluster import Job, slow_links, start
-from faults import DISK_BYTES, KINDS, LINK_MBIT, WARM, Site, inject
+from faults import DISK_BYTES, FLIPS, KINDS, LINK_MBIT, WARM, Injected, Site, inject, request_flip
 from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
@@ -159,6 +159,8 @@ def disturb(kind: str, site: Site) -> dict[str, Any]:
     if injected.lasts_s:
         pause(began + injected.lasts_s, job)
         injected.repair()
+    if kind in FLIPS and KINDS[kind]:
+        flip_again(kind, site, injected, seen)
     if KINDS[kind]:
         job.wait_for(lambda: any(event["event"] in ENDS for event in job.events[seen:]))
         job.wait_for(lambda: any(event["event"] == "ranks joined" for event in job.events[seen:]))
@@ -193,6 +195,18 @@ def disturb(kind: str, site: Site) -> dict[str, Any]:
         "kept": job.named("attempt started")[-1].get("kept", []),
         "restarts": sum(event["event"] == "restart" for event in new),
     }
+
+
+def flip_again(kind: str, site: Site, injected: Injected, seen: int) -> None:
+    """Flip other bits until one ends the attempt: a low bit of an activation may change no gradient."""
+    job = site.job
+    for number in range(5):
+        at = job.step
+        job.wait_for(lambda at=at: job.step > at + 5 or any(event["event"] in ENDS for event in job.events[seen:]))
+        if any(event["event"] in ENDS for event in job.events[seen:]):
+            return
+        request_flip(kind, injected.ranks[0], site)
+        injected.about["flips_without_effect"] = number + 1
 
 
 def record(
