@@ -27,7 +27,8 @@ KINDS = [
     *(("pp 1", f"ZeRO-{zero}", policy) for zero in (2, 3) for policy in ("none", "selective", "full")),
     ("pp 1", "ZeRO-1", "auto"),
     *(("pipeline", schedule, str(warmup)) for schedule, warmup in (("1f1b", 0), ("zb_h1", 0), ("zb_h1", 1))),
-    *(("pipeline", schedule, "0") for schedule in ("interleaved", "dualpipe_v")),
+    *(("pipeline", schedule, "0") for schedule in ("interleaved", "dualpipe_v", "zb_v")),
+    ("pipeline", "zb_v", "2"),
 ]
 
 
@@ -35,6 +36,7 @@ KINDS = [
 TRIED = [
     *(("pp 1", "ZeRO-3", "none"), ("pp 1", "ZeRO-3", "full"), ("pp 1", "ZeRO-2", "selective")),
     *(("pipeline", "interleaved", "0"), ("pipeline", "zb_h1", "1"), ("pipeline", "dualpipe_v", "0")),
+    ("pipeline", "zb_v", "2"),
 ]
 
 
