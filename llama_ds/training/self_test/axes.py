@@ -118,6 +118,12 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
         yield "parallel.schedule=1f1b", without_schedule(small)
     if parallel.joint_weight_gradients > 1:
         yield "parallel.joint_weight_gradients=1", of("parallel", joint_weight_gradients=1)
+    if parallel.gradient_neighbours > 1:
+        yield "parallel.gradient_neighbours=1", of("parallel", gradient_neighbours=1)
+    if run.reduces_in_bf16:
+        in_fp32 = of("parallel", gradient_neighbours=1).run
+        in_fp32 = replace(in_fp32, deepspeed={**run.deepspeed, "communication_data_type": "fp32"})
+        yield "communication_data_type=fp32", replace(small, run=in_fp32)
     if parallel.recompute != "none":
         yield "parallel.recompute=none", of("parallel", recompute="none")
     if run.zero_stage > 1:

@@ -137,6 +137,7 @@ def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
         tp_chunks=parallel.tp_chunks if layout.tp > 1 else 1,
         cp=layout.cp, cp_method=parallel.cp_method if layout.cp > 1 else "auto",
         cp_all_to_all=parallel.cp_all_to_all if layout.cp > 1 else 0,
+        gradient_neighbours=math.gcd(parallel.gradient_neighbours, layout.data_axis) if layout.pp > 1 else 1,
         **({} if "pp" in kept else _one_stage(parallel.recompute)),
     )  # fmt: skip
     if "dp" not in kept:
