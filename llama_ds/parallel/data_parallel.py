@@ -75,13 +75,14 @@ class NearFirst:
             peers.view(near, -1), self._sums.view(-1), groups[0], whole.dtype, trace
         )
         self._far: Wait = lambda: None
-        self._send = lambda: start_reduce_scatter(self._sums, own, groups[1], dtype, trace)
+        self._rest = own, groups[1], dtype, trace
 
     def advance(self) -> None:
         """Wait for the sums over neighbours, and send them on."""
         if self._near:
             self._near()
-            self._near, self._far = None, self._send()
+            self._near = None  # frees what has been sent
+            self._far = start_reduce_scatter(self._sums, *self._rest)
 
     def __call__(self) -> None:
         """Wait for the whole."""

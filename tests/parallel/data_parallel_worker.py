@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from llama_ds.launch.namespaces import INTERFACE
 from llama_ds.layout.layout import Layout
 from llama_ds.model.shared_rows import kernel_over
 from llama_ds.parallel import world
-from llama_ds.parallel.data_parallel import start_all_gather, start_reduce_scatter
+from llama_ds.parallel.data_parallel import NearFirst, start_all_gather, start_reduce_scatter
 from llama_ds.parallel.grid import context_parallel
 from llama_ds.parallel.trace import Trace
 
@@ -65,6 +66,15 @@ def main() -> None:
     own = whole[rank]
     found["bf16 bytes"] = sent_by(lambda: start_reduce_scatter(whole, own, group, torch.bfloat16, trace)())
     found["rounded once"] = torch.equal(own, both[0][rank].bfloat16().float() + both[1][rank].bfloat16().float())
+
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    whole = mine.clone()
+    ends = NearFirst(whole, whole[rank], (group, alone), torch.bfloat16, trace)
+    ends()
+    found["neighbours first"] = torch.equal(whole[rank], (both[0][rank] + both[1][rank]).bfloat16().float())
+    gone = weakref.ref(ends)
+    del ends
+    found["freed"] = gone() is None
 
     gathered = torch.zeros(2, count)
     gathered[rank] = mine[rank]

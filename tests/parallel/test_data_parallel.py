@@ -50,6 +50,7 @@ def test_reduction_and_gather_send_each_part_once(results: list[dict[str, int]])
     part = 4 * COUNT
     for found in results:
         assert found["reduced exactly"] and found["rounded once"] and found["gathered"]
+        assert found["neighbours first"] and found["freed"], "a cycle keeps the buffers of a rank that leaves"
         assert part <= found["reduce bytes"] <= OVERHEAD * part
         assert part / 2 <= found["bf16 bytes"] <= OVERHEAD * part / 2
         assert part <= found["gather bytes"] <= OVERHEAD * part
