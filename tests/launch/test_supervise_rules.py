@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,14 @@ def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None
     assert largest_world(run, 2047) == world
     with pytest.raises(UserError, match="too few"):
         host_pool.choose(["node001"])
+
+
+def test_a_smaller_world_has_whole_groups_of_neighbours(run: RunConfig) -> None:
+    """65B with dp 32: no smaller one has 32 neighbours."""
+    run = replace(run, parallel=replace(run.parallel, gradient_neighbours=32))
+    host_pool = HostPool(run, HOSTS)
+    with pytest.raises(UserError, match="a multiple of parallel.gradient_neighbours = 32"):
+        host_pool.choose([host for host in HOSTS if host != "node000"])
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(1, 8), min_size=1), st.integers(0, 40))

@@ -87,11 +87,12 @@ class HostPool:
                 return chosen
         world = largest_world(self.run, sum(self.all_hosts[host] for host in good))
         if world is None:
-            axes = model_axes(self.run.parallel)
+            axes, neighbours = model_axes(self.run.parallel), self.run.parallel.gradient_neighbours
+            groups = f", dp * cp be a multiple of parallel.gradient_neighbours = {neighbours}" if neighbours > 1 else ""
             raise UserError(
                 f"{len(good)} good hosts with {sum(self.all_hosts[host] for host in good)} slots are left, too few for "
-                f"any layout of {self.run.path} (pp * cp * tp = {axes.replica}, and dp must divide its batches); add "
-                "spares"
+                f"any layout of {self.run.path} (pp * cp * tp = {axes.replica}, and dp must divide its batches{groups})"
+                "; add spares"
             )
         ordered = [host for host in good if host not in struck] + struck[::-1]
         self._chosen, self._recent = first_slots({host: self.all_hosts[host] for host in ordered}, world), set()
