@@ -251,7 +251,7 @@ def test_a_smaller_world_has_whole_groups_of_neighbours(run: RunConfig) -> None:
     """65B with dp 32: no smaller one has 32 neighbours."""
     run = replace(run, parallel=replace(run.parallel, gradient_neighbours=32))
     host_pool = HostPool(run, HOSTS)
-    with pytest.raises(UserError, match="a multiple of parallel.gradient_neighbours = 32"):
+    with pytest.raises(UserError, match=r"a multiple of parallel\.gradient_neighbours = 32"):
         host_pool.choose([host for host in HOSTS if host != "node000"])
 
 
