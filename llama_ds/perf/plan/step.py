@@ -244,8 +244,8 @@ def _least_ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
         ]
     held = [0] * job.pp
     for stage, count in enumerate(layers):
-        held[job.placement.home(stage)[0]] += count
-    return [[ChunkEnds(max(1, count), 0.0, _LONG, _LONG, 0.0)] for count in held]
+        held[job.placement.home(stage)[0]] += max(1, count)
+    return [[ChunkEnds(count, 0.0, _LONG, _LONG, 0.0)] for count in held]
 
 
 def _layers(job: StepJob) -> list[int]:
