@@ -16,7 +16,6 @@ from llama_ds.config.schema import OptimizerConfig, RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError, shortened
 
-FP32 = ("fp32", "float32", "torch.float32", "float")
 FP16 = ("fp16", "float16", "torch.float16", "half")
 
 
@@ -126,8 +125,7 @@ def _engine(run: RunConfig, layout: BatchSizes, dtype: str) -> str:
     """Return which engine of `deepspeed_effects` trains the run."""
     if layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE:
         return "pp"
-    in_fp32 = (_section(run, "data_types").get("grad_accum_dtype") or "fp32") in FP32
-    if run.zero_stage == 1 and dtype == "bf16" and in_fp32 and not _offloads_optimizer(run):
+    if run.zero_stage == 1 and dtype == "bf16" and run.sums_in_fp32 and not _offloads_optimizer(run):
         return "1-bf16"
     return str(run.zero_stage)
 
@@ -208,11 +206,11 @@ def _check_masters(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         raise UserError(
             f"{run.path}: optimizer.masters = {masters} in a run in {dtype}; enable bf16, or use fp32 masters"
         )
-    sums = _section(run, "data_types").get("grad_accum_dtype") or "fp32"
     stock = layout.pp > 1 and run.parallel.schedule == STOCK_ENGINE
-    if _engine(run, layout, dtype) not in ("pp", "1-bf16") or stock or sums not in FP32:
+    if _engine(run, layout, dtype) not in ("pp", "1-bf16") or stock or not run.sums_in_fp32:
         where = "parallel.schedule = deepspeed" if layout.pp > 1 else f"zero_optimization.stage = {stage}"
-        where = where if sums in FP32 else f"data_types.grad_accum_dtype = {sums}"
+        if not run.sums_in_fp32:
+            where = f"data_types.grad_accum_dtype = {_section(run, 'data_types')['grad_accum_dtype']}"
         raise UserError(
             f"{run.path}: optimizer.masters = {masters} with {where}: DeepSpeed makes fp32 masters there, or rounds "
             "gradients to the masters' dtype; use ZeRO-1 with fp32 sums of gradients, or fp32 masters"

@@ -210,12 +210,19 @@ def _check_autograd_layer(run: RunConfig) -> None:
 
 def _check_gradient_neighbours(run: RunConfig) -> None:
     neighbours = run.parallel.gradient_neighbours
-    if neighbours > 1 and not run.reduces_in_bf16:
+    if neighbours == 1 or run.adds_bf16_in_fp32:
+        return
+    if not run.sums_in_fp32:
         raise _error(
             run,
-            f"parallel.gradient_neighbours = {neighbours} add gradients that travel in bf16, and the DeepSpeed JSON "
-            "has no communication_data_type = bf16; set deepspeed.communication_data_type=bf16, or use 1",
+            f"parallel.gradient_neighbours = {neighbours} add gradients in fp32, and data_types.grad_accum_dtype sums "
+            "them in bf16 first; take that out of the DeepSpeed JSON, or use 1",
         )
+    raise _error(
+        run,
+        f"parallel.gradient_neighbours = {neighbours} add gradients that travel in bf16, and the DeepSpeed JSON "
+        "has no communication_data_type = bf16; set deepspeed.communication_data_type=bf16, or use 1",
+    )
 
 
 def _check_post_validation(run: RunConfig) -> None:

@@ -24,6 +24,7 @@ from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig,
 from llama_ds.config.schema_parallel import ParallelConfig
 from llama_ds.config.schema_rope import RopeScaling
 from llama_ds.config.section_rules import (
+    STOCK_ENGINE,
     check_model,
     check_optimizer,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
 ]  # fmt: skip
 
+FP32 = ("fp32", "float32", "torch.float32", "float")  # DeepSpeed's names of it
 MOST_NAME = 128  # characters: file systems take names of 255 bytes
 
 
@@ -373,6 +375,17 @@ class RunConfig(Section):
     def reduces_in_bf16(self) -> bool:
         """Whether data-parallel ranks send gradients in bf16, from the DeepSpeed JSON."""
         return str(self.deepspeed.get("communication_data_type")).lower() == "bf16"
+
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether a rank sums the gradients of a step in fp32, from the DeepSpeed JSON."""
+        return ((self.deepspeed.get("data_types") or {}).get("grad_accum_dtype") or "fp32") in FP32
+
+    @property
+    def adds_bf16_in_fp32(self) -> bool:
+        """Whether gradients are sent in bf16 to ranks that add them in fp32 (`parallel/data_parallel.py`)."""
+        ours = self.parallel.pp > 1 and self.parallel.schedule != STOCK_ENGINE
+        return ours and self.reduces_in_bf16 and self.sums_in_fp32
 
     @property
     def run_dir(self) -> str:

@@ -172,8 +172,8 @@ class ParallelConfig(Section):
             "travel to other hosts in bf16.",
             "ranks",
             POSITIVE,
-            rule="Above 1 for pp > 1 with `communication_data_type: bf16` in the DeepSpeed JSON, not for schedule "
-            "deepspeed; divides dp * cp.",
+            rule="Above 1 for pp > 1 with `communication_data_type: bf16` in the DeepSpeed JSON and sums in fp32, not "
+            "for schedule deepspeed; divides dp * cp.",
             most=64,
         ),
     ] = 1

@@ -6,8 +6,8 @@ states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al
 and their gradients, the head's chunk of logits with its fp32 gradient, and the factors of a weight gradient that is
 computed for several micro-batches at once. The buffers of pipeline messages come on top, and 2 bytes for each element
 of the decoder layers' matrices where these stay in float8 through a step, once along each dimension, or of one layer's
-where gradients are sent in bf16. Muon's whole matrices take the place of activations and working memory, which its step
-follows.
+where gradients are sent in bf16: 4 where neighbours add them first. Muon's whole matrices take the place of activations
+and working memory, which its step follows.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
         copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0
-        if run.reduces_in_bf16 and layout.pp > 1:  # a layer on its way to the place of its gradients
-            copies += 2 * by_role[Role.HIDDEN_MATRIX] // max(1, sum(layers[stage] for stage in own))
+        if run.adds_bf16_in_fp32:  # a layer on its way to the place of its gradients, or to neighbours in fp32
+            sent = 4 if run.parallel.gradient_neighbours > 1 else 2
+            copies += sent * by_role[Role.HIDDEN_MATRIX] // max(1, sum(layers[stage] for stage in own))
         states = states_of(run.optimizer).nbytes(by_role, element_bytes)
         if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
             states += states + (element_bytes * held if element_bytes == 4 else 0)

@@ -371,6 +371,21 @@ def test_chunks_need_the_manual_backward_and_a_divisible_row(folder: Path) -> No
         load(*cut[:3], "parallel.tp_chunks=4", "compute.decoder_layer=autograd")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "2 add gradients that travel in bf16, and the DeepSpeed JSON has no communication_data_type = bf16"),
+        (
+            ["deepspeed.communication_data_type=bf16", "deepspeed.data_types={grad_accum_dtype: bf16}"],
+            "2 add gradients in fp32, and data_types.grad_accum_dtype sums them in bf16 first",
+        ),
+    ],
+)
+def test_neighbours_add_in_fp32_what_travels_in_bf16(folder: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=rf"parallel\.gradient_neighbours = {words}"):
+        load_run(str(folder / "tiny.yaml"), ["parallel.pp=2", "parallel.gradient_neighbours=2", *overrides])
+
+
 def test_every_stage_needs_a_layer(folder: Path) -> None:
     with pytest.raises(UserError, match=r"partition = \[4, 0\]: every stage needs a decoder layer"):
         load("parallel.pp=2", "parallel.partition=[4, 0]")

@@ -157,6 +157,20 @@ def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
         assert rank["memory_total"] == pytest.approx(plan.total, rel=0.03)
 
 
+@pytest.mark.parametrize("neighbours", [1, 2])
+def test_layers_on_their_way_in_bf16_are_counted(neighbours: int, run_file: Path) -> None:
+    """`recompute: auto` would fill their room with activations."""
+    sizes = ("hidden_size=512", "intermediate_size=1408", "num_hidden_layers=8", "vocab_size=1024")
+    found = report(
+        run_file,
+        *(f"model.{size}" for size in sizes),
+        *("parallel.pp=2", "deepspeed.communication_data_type=bf16", f"parallel.gradient_neighbours={neighbours}"),
+        *("--world", 8, "--rank", 0),
+    )
+    (rank,) = found["ranks"]
+    assert 0.75 * rank["planned"]["working"] < rank["memory"]["working"] <= rank["planned"]["working"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes, cp_sizes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
-from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import states_of
@@ -19,7 +18,7 @@ from llama_ds.layout.planned_documents import PlannedRows, one_document, planned
 from llama_ds.layout.recompute import StagePolicies
 from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.perf.plan.communication import RankGroup
-from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
+from llama_ds.perf.plan.program import OURS, OURS_FP32, Program, with_bf16_reduction
 from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
 from llama_ds.schedules.schedule import Schedule, joint_shares, split_share
@@ -177,10 +176,9 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
     """Return the step of a run of this stack in `dtype` (bf16 or fp32); `policies` has one entry per stage."""
     schedule = schedule_of(run, layout)
     program = OURS if dtype == "bf16" else OURS_FP32
-    exchanged = run.reduces_in_bf16 and layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE
     return StepJob(
         model=run.model,
-        program=replace(program, reduced_bytes=2) if run.reduces_in_bf16 else program,
+        program=with_bf16_reduction(program) if run.reduces_in_bf16 else program,
         seq_len=run.data.seq_len,
         micro_batch=layout.micro_batch,
         micro_batches=layout.accumulation,
@@ -200,7 +198,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         tp_chunks=run.parallel.tp_chunks,
         fp8=run.compute.fp8,
         fp8_weight_gradients=run.compute.fp8_weight_gradients,
-        exchanged=run.parallel.gradient_neighbours if exchanged else 0,
+        exchanged=run.parallel.gradient_neighbours if run.adds_bf16_in_fp32 else 0,
         planned=planned_rows(run),
     )
 

@@ -240,6 +240,12 @@ def with_small_gradients(program: Program) -> Program:
 
 
 @cache
+def with_bf16_reduction(program: Program) -> Program:
+    """Return a program that sends gradients in bf16."""
+    return replace(program, name=f"{program.name}_bf16_sums", reduced_bytes=2)
+
+
+@cache
 def with_fused_swiglu(program: Program) -> Program:
     """Return a program with a kernel for SwiGLU, which keeps its inputs and its result."""
     return replace(program, name=f"{program.name}_swiglu", inner=OURS.inner, kept_inner=6)
