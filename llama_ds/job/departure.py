@@ -48,6 +48,7 @@ class Departure:
         self._asked, self._gone = threading.Event(), threading.Event()
         self._next: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
         self._before = set(threading.enumerate())
+        self._severing = threading.Thread(target=self._sever, name="leaving", daemon=True)
         self.has_left = False
 
     @property
@@ -64,7 +65,7 @@ class Departure:
         """Begin to shut down connections. From any thread."""
         if self.possible and not self._asked.is_set():
             self._asked.set()
-            threading.Thread(target=self._sever, name="leaving", daemon=True).start()
+            self._severing.start()
 
     def wait_until_asked(self) -> bool:
         """Return whether this rank is to leave, once that is known."""
@@ -86,6 +87,8 @@ class Departure:
     def end(self) -> None:
         """Say that nothing of the attempt is left."""
         self._gone.set()
+        if self._severing.is_alive():
+            self._severing.join()  # it would take connections of the next attempt for those of this one
         self.has_left = True
         self.tell(what="left")
 
