@@ -11,6 +11,7 @@ import argparse
 import gc
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 # Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
@@ -75,9 +76,9 @@ def main() -> int:
         with world.failing_together():
             describe(arguments)
         return 0
-    if VARIABLE not in os.environ:
+    if not keeps_ranks():
         return take_part(arguments)
-    from llama_ds.parallel import leaving
+    from llama_ds.parallel import leaving  # with DeepSpeed: others connect to their launcher before they import it
 
     at_start, undo = dict(os.environ), leaving.state_of_process()
     while True:
@@ -92,6 +93,14 @@ def main() -> int:
         sys.argv = departure.become_next(at_start)
         REQUESTS.begin_again()
         arguments = parse(sys.argv[1:])
+
+
+def keeps_ranks() -> bool:
+    """Return whether this rank may go on in another attempt; `take_part` reports a job's folder that it cannot read."""
+    with suppress(UserError):
+        job = current(os.environ)
+        return job is not None and job.keeps_ranks
+    return False
 
 
 def take_part(arguments: argparse.Namespace) -> int:

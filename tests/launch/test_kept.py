@@ -9,16 +9,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llama_ds import train
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.job.wire import Kind, frames, from_json
 from llama_ds.launch.supervise import agent, kept
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.kept import KeptRank, KeptRanks, healthy
 from llama_ds.launch.supervise.server import Member, Server
+from llama_ds.parallel import leaving
 from tools import launch
 
 HOSTS = {"localhost": 4}
@@ -118,6 +122,23 @@ def test_the_end_of_an_attempt_spares_the_ranks_that_stay_and_no_others(tmp_path
             process.wait()
             assert process.stdout
             process.stdout.close()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_only_ranks_that_may_be_kept_import_deepspeed_before_they_connect(
+    keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imports take seconds, more from a network's disk, in which the launcher would not hear of a rank."""
+    done = []
+    monkeypatch.setattr(leaving, "state_of_process", lambda: done.append("state"))
+    monkeypatch.setattr(train, "take_part", lambda _: done.append("part") or 0)
+    monkeypatch.setattr(train, "REQUESTS", SimpleNamespace(listen=lambda: None))
+    monkeypatch.setattr(sys, "argv", ["train.py", "ds_configs/quickstart.yaml"])
+    job = Job(str(tmp_path), HOSTS, "pdsh", ("", 0), 1, 1, keeps_ranks=keeps)
+    (tmp_path / "job.json").write_text(json.dumps(asdict(job)))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert train.main() == 0
+    assert done == (["state", "part"] if keeps else ["part"])
 
 
 @pytest.mark.parametrize(
