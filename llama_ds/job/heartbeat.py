@@ -136,8 +136,10 @@ class HeartbeatConnection:
         return None
 
     def end(self) -> None:
-        """Close the connection, by which the supervisor knows that this process belongs to the next attempt."""
+        """Close this attempt's file and connection, by which the supervisor knows that the rank has joined the next."""
         self._ended.set()
+        faulthandler.unregister(STACKS_SIGNAL)
+        self._stacks.close()
         self._lose()
 
     def _serve(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from llama_ds.errors import UserError
 from llama_ds.job import wire
 from llama_ds.job.folder import Job
-from llama_ds.job.heartbeat import HeartbeatConnection, Progress
+from llama_ds.job.heartbeat import STACKS_SIGNAL, HeartbeatConnection, Progress
 from llama_ds.job.wire import Beat, Kind, Phase
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.supervise.server import Server
@@ -111,6 +112,17 @@ def test_a_rank_is_heard_asked_and_leaves(server: Server, job: Job) -> None:
     wait_until(server, lambda: server.members[0].left)
     assert not server.disconnected
     assert server.members[0].about["pid"] == os.getpid()
+
+
+def test_a_rank_that_joins_another_attempt_keeps_no_file_of_this_one(server: Server, job: Job) -> None:
+    """One more would stay open in every attempt, and a late request for stacks would write to what has its number."""
+    connection = attend(server, job, 0, Progress())
+    wait_until(server, lambda: server.members)
+    connection.end()
+    wait_until(server, lambda: not server.members[0].connected)
+    opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert os.path.realpath(job.stacks(0)) not in opened
+    assert not faulthandler.unregister(STACKS_SIGNAL)
 
 
 def test_a_phase_is_told_with_its_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
