@@ -19,6 +19,7 @@ from deepspeed.comm import comm
 
 from llama_ds.errors import Corruption
 from llama_ds.job.departure import Departure
+from llama_ds.log import logger
 from llama_ds.parallel.temporary import dismantle, process_state
 from llama_ds.parallel.world import report_failure
 
@@ -60,14 +61,24 @@ def leaving(departure: Departure | None, engine: Any, close: Callable[[], None])
         _report(error, departure)
         if not departure.wait_until_asked():
             raise
-        close()
-        deepspeed, module = engine.deepspeed, engine.deepspeed.module
-        dropped = [weakref.ref(one) for one in (deepspeed, module, deepspeed.optimizer, *module.parameters())]
-        dismantle(deepspeed)
-        for owner in (deepspeed, engine.context.weight_gradients, engine):  # what observes gradients refers to them
-            vars(owner).clear()
-        dist.destroy_process_group()
+        try:
+            dropped = _drop(engine, close)
+        except Exception:
+            logger.exception("this rank cannot leave its attempt")
+            raise
         raise Left(dropped) from None
+
+
+def _drop(engine: Any, close: Callable[[], None]) -> list[weakref.ref[Any]]:
+    """Take the attempt apart; return what must not exist any more once nobody refers to it."""
+    close()
+    deepspeed, module = engine.deepspeed, engine.deepspeed.module
+    dropped = [weakref.ref(one) for one in (deepspeed, module, deepspeed.optimizer, *module.parameters())]
+    dismantle(deepspeed)
+    for owner in (deepspeed, engine.context.weight_gradients, engine):  # what observes gradients refers to them
+        vars(owner).clear()
+    dist.destroy_process_group()
+    return dropped
 
 
 def leave(departure: Departure, left: Sequence[weakref.ref[Any]], undo: Callable[[], None]) -> bool:
