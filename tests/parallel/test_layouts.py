@@ -25,7 +25,7 @@ from tests.parallel.layout_cases import STEPS, Case
 from tests.parallel.layout_histories import History, check_equals_plain, histories_of, reference_of
 
 # In float8 a tie may be decided by the order of a sum, which depends on the processor: on a Xeon, one in the first
-# backward. All layouts agree on it to 1e-7, plain torch differs by 1e-5, and the first update makes of that 8e-4 of a loss.
+# backward. All layouts agree on it to 1e-7, plain torch differs by 1e-5; after the first update that is 8e-4 of a loss.
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 3e-2), "fp32 fp8": (1e-3, 1e-1), "bf16 fp8": (3e-3, 1e-1)}
 
 BASIC_LAYOUTS = [
