@@ -76,9 +76,12 @@ def test_the_papers_speed_lies_between_a_layout_of_its_time_and_the_best(found: 
 
 @pytest.mark.slow
 def test_no_pruned_layout_is_faster() -> None:
-    """Exhaustive search on a small problem: the bound must not prune a layout that belongs among the best."""
+    """Exhaustive search on a small problem: the bound must not prune a layout that belongs among the best.
+
+    The ninth has tp_chunks 4, which the search alone considers.
+    """
     run = base("7b", "training.global_batch=16", "data.seq_len=8192")
-    best = search(run, 16, A100, top=9)
+    best = search(run, 16, A100, top=8)
     every = []
     for layout in layouts(run, 16, A100):
         if layout.parallel.schedule in V_SCHEDULES:  # tests/perf/test_plan_v_search.py
