@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from published import DATA, HEADER, MACHINES, checked, times
 
-from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.memory import needed_memory
 from llama_ds.perf.plan.program import (
     LLAMA,
@@ -16,33 +16,25 @@ from llama_ds.perf.plan.program import (
     with_plain_rotation,
     with_small_gradients,
 )
-from llama_ds.perf.plan.rows import COLUMNS, read_rows
+from llama_ds.perf.plan.rows import read_rows
 from llama_ds.perf.plan.step import step_time
-from llama_ds.perf.plan.validate import Checked, check, fits, summary
+from llama_ds.perf.plan.validate import Checked, fits, summary
 
-DATA = Path(__file__).resolve().parents[2] / "docs/calibration"
-MACHINES = {name: hardware.load(name) for name in hardware.names()}
-HEADER = ",".join(COLUMNS)
 ROW = "x,Somebody 2026,LLaMA,4096,32,32,32,16384,50257,2048,A100-80GB,8,1,1,8,1,0,full,1,4,64,iteration_s,10.0,"
 
 
 @pytest.fixture(scope="module")
 def held_out() -> list[Checked]:
-    checked, _ = check(read_rows(DATA / "held_out_runs.csv"), MACHINES)
-    return checked
-
-
-def times(checked: list[Checked]) -> list[Checked]:
-    return [c for c in checked if c.row.kind != "peak_mem_gib" and c.row.gpu.startswith("a100")]
+    return checked("held_out_runs.csv")
 
 
 def test_runs_to_which_nothing_was_fitted_are_predicted_within_bounds(held_out: list[Checked]) -> None:
     """The errors in docs/measurements, 2026-11-29 later rows; gdGPT's rows, up to 178 percent off, are among them."""
-    found = summary(times(held_out))
+    found = summary(times(held_out, "a100"))
     assert found["rows"] == 119
     assert found["median"] < 0.07
     assert found["p90"] < 0.2
-    llama = summary([c for c in times(held_out) if "InternEvo" in c.row.source])
+    llama = summary([c for c in times(held_out, "a100") if "InternEvo" in c.row.source])
     assert llama["rows"] == 48
     assert llama["p90"] < 0.15, "steps of one micro-batch on 1,024 GPUs are 36 percent too fast"
     memory = summary([c for c in held_out if c.row.kind == "peak_mem_gib" and "FlagPerf" in c.row.source])

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from published import DATA, HEADER, MACHINES, checked, times
 
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
-from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
 from llama_ds.perf.plan.likely import SPANS
 from llama_ds.perf.plan.memory import layer_activations, needed_memory, published_memory
@@ -36,7 +36,7 @@ from llama_ds.perf.plan.program import (
     with_small_gradients,
     without_flash,
 )
-from llama_ds.perf.plan.rows import COLUMNS, KINDS, Row, program_of, read_rows, stages_of
+from llama_ds.perf.plan.rows import KINDS, Row, program_of, read_rows, stages_of
 from llama_ds.perf.plan.step import step_time
 from llama_ds.perf.plan.validate import (
     Checked,
@@ -53,26 +53,17 @@ from llama_ds.perf.plan.validate import (
 )
 
 FILES = ("published_runs.csv", "held_out_runs.csv", "a100_single_node_runs.csv")
-DATA = Path(__file__).resolve().parents[2] / "docs/calibration"
-MACHINES = {name: hardware.load(name) for name in hardware.names()}
-HEADER = ",".join(COLUMNS)
 GOOD = "x,Somebody 2026,GPT,4096,32,32,32,16384,50257,2048,A100-80GB,8,1,1,8,1,0,full,1,4,64,iteration_s,10.0,"
 
 
 @pytest.fixture(scope="module")
 def published() -> list[Checked]:
-    checked, _ = check(read_rows(DATA / "published_runs.csv"), MACHINES)
-    return checked
+    return checked("published_runs.csv")
 
 
 @pytest.fixture(scope="module")
 def single_node() -> list[Checked]:
-    checked, _ = check(read_rows(DATA / "a100_single_node_runs.csv")[::5], MACHINES)
-    return checked
-
-
-def times(checked: list[Checked], machine: str) -> list[Checked]:
-    return [c for c in checked if c.row.kind != "peak_mem_gib" and c.row.gpu.startswith(machine)]
+    return checked("a100_single_node_runs.csv", every=5)
 
 
 def test_a100_runs_with_a_stated_layout_are_predicted_within_bounds(published: list[Checked]) -> None:
