@@ -135,6 +135,11 @@ class StepJob:
         return unit * part_rows(self.model.vocab_size, unit * self.tp)
 
     @property
+    def layers(self) -> list[int]:
+        """Decoder layers of each stage."""
+        return [sum(n for _, n in counts) for counts in self.stages]
+
+    @property
     def fp8_weight_uses(self) -> int:
         """Micro-batches for which a weight in float8 is made: `layout.rank_memory.keeps_fp8_weights`."""
         return self.micro_batches if self.zero_stage < 3 else 1

@@ -48,7 +48,7 @@ def sharing_costs(gpu: Hardware, step: StepTime) -> SharingCosts | None:
     for rank in range(job.pp):
         sent = total = exposed = 0.0
         for stage in (placement.stage(rank, chunk) for chunk in range(placement.chunks)):
-            backwards = sum(n for _, n in job.stages[stage])
+            backwards = job.layers[stage]
             forwards = backwards + sum(n for policy, n in job.stages[stage] if policy == "full")
             sent += forwards * shared.sent[0] + backwards * shared.sent[1]
             total += forwards * shared.messages[0] + backwards * shared.messages[1]

@@ -206,8 +206,7 @@ def _length(job: StepJob, micro_batches: int, costs: tuple[StageCost, ...], tran
 
 def stage_roles(job: StepJob) -> list[Counter[Role]]:
     """Return the parameters of each stage on one rank, by role."""
-    layers = [sum(n for _, n in counts) for counts in job.stages]
-    return held_parameters(job.model, layers, job.tp, job.vocab if job.whole_model else None, job.program.gated)
+    return held_parameters(job.model, job.layers, job.tp, job.vocab if job.whole_model else None, job.program.gated)
 
 
 def rank_roles(job: StepJob) -> list[Counter[Role]]:
@@ -226,7 +225,7 @@ def rank_parameters(job: StepJob) -> list[int]:
 
 def _ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
     """Return the ends of the step of every rank's chunks, which do not depend on the number of micro-batches."""
-    plan, layers = job.plan(min(job.micro_batches, _short(job) + job.micro_batches % job.period)), _layers(job)
+    plan, layers = job.plan(min(job.micro_batches, _short(job) + job.micro_batches % job.period)), job.layers
     found = []
     for rank in range(job.pp):
         own = [plan.placement.stage(rank, chunk) for chunk in range(plan.placement.chunks)]
@@ -236,7 +235,7 @@ def _ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
 
 def _least_ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
     """Return ends that hide no less than those of any order of the passes."""
-    layers = _layers(job)
+    layers = job.layers
     if job.chunks == 1:
         return [
             [ChunkEnds(max(1, n), 0.0, c.forward, c.input_backward + c.weight_backward, 0.0)]
@@ -246,10 +245,6 @@ def _least_ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
     for stage, count in enumerate(layers):
         held[job.placement.home(stage)[0]] += max(1, count)
     return [[ChunkEnds(count, 0.0, _LONG, _LONG, 0.0)] for count in held]
-
-
-def _layers(job: StepJob) -> list[int]:
-    return [sum(n for _, n in counts) for counts in job.stages]
 
 
 def end_of_step(
@@ -319,7 +314,7 @@ def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> Stag
     data-parallel ranks share the states, each sums its part of the gradients with its copies.
     """
     group, copies, links = job.state_group, job.copies_group, job.program.shared_links
-    parameters, layers = stage_roles(job)[stage].total(), sum(n for _, n in job.stages[stage]) or 1
+    parameters, layers = stage_roles(job)[stage].total(), job.layers[stage] or 1
     weights, gradients = (
         float(size) * parameters / layers for size in (job.program.element_bytes, job.program.reduced_bytes)
     )

@@ -64,7 +64,7 @@ def _newton_schulz(gpu: Hardware, job: StepJob, rank: int) -> tuple[float, float
     """Return (seconds of the rank with the most, FLOPs of all ranks) for the matrices of a pipeline position."""
     placement = job.placement
     stages = [placement.stage(rank, chunk) for chunk in range(placement.chunks)]
-    layers = sum(n for stage in stages for _, n in job.stages[stage])
+    layers = sum(job.layers[stage] for stage in stages)
     table = weights(job.model)
     shapes = [
         weight.shape(job.model) for (layer, _), weight in table if layer == 1 and weight.role is Role.HIDDEN_MATRIX
