@@ -123,7 +123,7 @@ def _bf16(run: RunConfig) -> dict[str, Any]:
 
 def _engine(run: RunConfig, layout: BatchSizes, dtype: str) -> str:
     """Return which engine of `deepspeed_effects` trains the run."""
-    if layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE:
+    if run.parallel.own_pipeline:
         return "pp"
     if run.zero_stage == 1 and dtype == "bf16" and run.sums_in_fp32 and not _offloads_optimizer(run):
         return "1-bf16"
@@ -155,7 +155,7 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         raise _error(run, f"zero_optimization.stage = {stage} with parallel.pp = {pp}: ZeRO-{stage} {why}; use stage 1")
     if dtype == "bf16" and stage == 0:
         raise _error(run, "zero_optimization.stage = 0 with bf16: gradients would be accumulated in bf16; use stage 1")
-    if pp > 1 and run.parallel.schedule != STOCK_ENGINE and _offloads_optimizer(run):
+    if run.parallel.own_pipeline and _offloads_optimizer(run):
         raise _error(
             run,
             f"zero_optimization.offload_optimizer with parallel.pp = {pp}: schedule {run.parallel.schedule} keeps the "

@@ -24,7 +24,6 @@ from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig,
 from llama_ds.config.schema_parallel import ParallelConfig
 from llama_ds.config.schema_rope import RopeScaling
 from llama_ds.config.section_rules import (
-    STOCK_ENGINE,
     check_model,
     check_optimizer,
 )
@@ -384,8 +383,7 @@ class RunConfig(Section):
     @property
     def adds_bf16_in_fp32(self) -> bool:
         """Whether gradients are sent in bf16 to ranks that add them in fp32 (`parallel/data_parallel.py`)."""
-        ours = self.parallel.pp > 1 and self.parallel.schedule != STOCK_ENGINE
-        return ours and self.reduces_in_bf16 and self.sums_in_fp32
+        return self.parallel.own_pipeline and self.reduces_in_bf16 and self.sums_in_fp32
 
     @property
     def run_dir(self) -> str:

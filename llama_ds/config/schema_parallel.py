@@ -178,5 +178,10 @@ class ParallelConfig(Section):
         ),
     ] = 1
 
+    @property
+    def own_pipeline(self) -> bool:
+        """Whether this stack's pipeline engine trains, not DeepSpeed's, nor an engine of one stage."""
+        return self.pp > 1 and self.schedule != STOCK_ENGINE
+
     def check(self) -> None:
         check_parallel(self)

@@ -171,16 +171,12 @@ def check_parallel(parallel: ParallelConfig) -> None:
             f"parallel.post_validation = true is for pp > 1 and schedule {listed(IN_A_V)}, whose first rank "
             f"has embedding and loss; set it to false with pp {pp} and {parallel.schedule}"
         )
-    if parallel.joint_weight_gradients > 1 and (pp == 1 or parallel.schedule == STOCK_ENGINE):
-        raise parallel.broken(
-            f"parallel.joint_weight_gradients = {parallel.joint_weight_gradients} is for pp > 1 and this stack's own "
-            f"schedules; use 1 with pp {pp} and {parallel.schedule}"
-        )
-    if parallel.gradient_neighbours > 1 and (pp == 1 or parallel.schedule == STOCK_ENGINE):
-        raise parallel.broken(
-            f"parallel.gradient_neighbours = {parallel.gradient_neighbours} is for pp > 1 and this stack's own "
-            f"schedules; use 1 with pp {pp} and {parallel.schedule}"
-        )
+    for key in ("joint_weight_gradients", "gradient_neighbours"):
+        if getattr(parallel, key) > 1 and not parallel.own_pipeline:
+            raise parallel.broken(
+                f"parallel.{key} = {getattr(parallel, key)} is for pp > 1 and this stack's own schedules; use 1 with "
+                f"pp {pp} and {parallel.schedule}"
+            )
     _check_partition(parallel)
     _check_recompute(parallel)
 

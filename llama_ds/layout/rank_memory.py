@@ -16,7 +16,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from llama_ds.config.schema import RunConfig
-from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.loss_chunks import chunk_tokens
@@ -87,7 +86,7 @@ def _matrices(run: RunConfig, layout: Layout, layers: int, element_bytes: int) -
     """Return the bytes of the exchange of whole matrices on the fullest rank of a position with these layers."""
     if run.optimizer.name != "muon":
         return 0
-    ours = layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE
+    ours = run.parallel.own_pipeline
     group = run.deepspeed.get("zero_optimization", {}).get("sub_group_size", SUB_GROUP)
     step = MatrixStep(
         run.model, layout.data_axis, layout.tp, layers, element_bytes, run.zero_stage, by_layer=ours, sub_group=group
