@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import Command, build
 from llama_ds.launch.job_files import prepare
@@ -149,6 +151,31 @@ def test_code_that_changes_during_a_job_is_imported_anew(tmp_path: Path) -> None
         assert not agent.processes(VARIABLE, standbys.own_folder), "the old one has been killed"
         standbys.prepare(command_of(job))
         assert standbys._is_usable("localhost") and standbys.ranks_of(job, command_of(job))
+    finally:
+        standbys.close()
+
+
+def test_a_host_that_comes_back_gets_one_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the restart that takes it in would wait for its imports."""
+    monkeypatch.setattr("llama_ds.launch.supervise.standbys.AGAIN_S", 0.2)
+    standbys, job = fake_standbys(tmp_path)
+    script = tmp_path / "package" / "standby.py"
+    script.write_text("raise SystemExit(255)")
+    standbys.wanted = job.hosts
+
+    def events() -> list[dict[str, Any]]:
+        standbys.prepare(command_of(job))
+        return [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+
+    try:
+        wait_for(events)
+        first = standbys._by_host["localhost"]
+        wait_for(lambda: events() and standbys._by_host["localhost"] is not first)
+        (event,) = events()  # the same problem is told once
+        assert "code 255" in event["text"] and not event["ready"]
+        script.write_text(FAKE)
+        wait_for(lambda: len(events()) == 2)
+        assert list(events()[1]["ready"]) == ["localhost"] and not events()[1]["problems"]
     finally:
         standbys.close()
 

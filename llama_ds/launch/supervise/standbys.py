@@ -32,6 +32,7 @@ READY_S = 60.0  # for a process to import everything while a restart waits for i
 STARTED_S = 15.0  # for a process to fork its ranks
 END_S = 5.0  # for processes to end by themselves
 PAUSE_S = 0.5  # between starts of AT_ONCE of them
+AGAIN_S = 15.0  # until a missing one is started again within an attempt; each time the double
 
 
 class Standby:
@@ -174,8 +175,8 @@ class Standbys:
         self._folder, self._events, self._train, self._ssh_port = folder, events, train, ssh_port
         self._silence_s = silence_s
         self._by_host: dict[str, Standby] = {}
-        self._tried: set[str] = set()  # hosts on which one was started in this attempt
-        self._told = True  # whether the log says which of them are ready
+        self._again: dict[str, tuple[float, float]] = {}  # by host: when to start it again, and the pause until then
+        self._told: tuple[Any, Any] = {}, {}  # those that are ready and problems, as in the log
         self._closed = threading.Event()
         threading.Thread(target=self._keep_in_touch, name="standbys", daemon=True).start()
 
@@ -185,15 +186,17 @@ class Standbys:
         return str(self._folder / "standby")
 
     def prepare(self, command: Command) -> None:
-        """Start those that are missing, once in an attempt, and log when all are ready."""
-        missing = [host for host in self.wanted if host not in self._tried and not self._is_usable(host)]
-        if missing:
-            self._start(missing[:AT_ONCE], command)
-        waits = any(not one.about and not one.problem for one in self._by_host.values())
-        if not self._told and not waits:
-            self._told = True
-            ready = {host: one.about for host, one in self._by_host.items() if one.about and not one.problem}
-            problems = {host: one.problem for host, one in self._by_host.items() if one.problem}
+        """Start those that are missing, again where a host did not answer and may be back, and log which are ready."""
+        now = time.monotonic()
+        missing = [host for host in self.wanted if not self._is_usable(host)]
+        if due := [host for host in missing if now >= self._again.get(host, (now, 0.0))[0]]:
+            self._start(due[:AT_ONCE], command)
+        if any(not one.about and not one.problem for one in self._by_host.values()):
+            return
+        ready = {host: one.about for host, one in self._by_host.items() if one.about and not one.problem}
+        problems = {host: one.problem for host, one in self._by_host.items() if one.problem}
+        if (ready, problems) != self._told:
+            self._told = ready, problems
             text = "".join(f"WARM PROCESS: {host}: {problem}\n" for host, problem in problems.items()).rstrip()
             self._events.add("warm processes", text, ready=ready, problems=problems)
 
@@ -204,7 +207,7 @@ class Standbys:
         """
         if outdated := self._outdated():
             self.drop(outdated)
-            self._tried.clear()
+            self._again.clear()
             text = "WARM PROCESS: the code has changed since they imported it; DeepSpeed's launcher starts the ranks"
             self._events.add("cold start", text, hosts=[one.host for one in outdated])
             return None
@@ -212,7 +215,7 @@ class Standbys:
         for begin in range(0, len(missing), AT_ONCE):
             time.sleep(PAUSE_S if begin else 0.0)
             self._start(missing[begin : begin + AT_ONCE], command)
-        self._tried.clear()
+        self._again.clear()
         chosen = [self._by_host[host] for host in job.hosts]
         deadline = time.monotonic() + READY_S
         while any(not one.about and not one.problem for one in chosen) and time.monotonic() < deadline:
@@ -263,9 +266,10 @@ class Standbys:
         return [one for one in self._by_host.values() if one.code != code]
 
     def _start(self, hosts: list[str], command: Command) -> None:
-        code = state_of_code(self._train)
+        code, now = state_of_code(self._train), time.monotonic()
         for host in hosts:
-            self._tried.add(host)
+            pause = 2 * self._again.get(host, (now, AGAIN_S / 2))[1]
+            self._again[host] = now + pause, pause
             script = os.path.join(os.path.dirname(self._train), "standby.py")
             own = {**command.exports, VARIABLE: self.own_folder}
             argv = [sys.executable, "-u", script, f"{self._silence_s:g}"]
@@ -277,7 +281,6 @@ class Standbys:
                 environment = dict(os.environ)
             log = self._folder / "standby.log"
             self._by_host[host] = Standby(host, ssh_command(host, argv, self._ssh_port), environment, log, code)
-            self._told = False
 
     def _keep_in_touch(self) -> None:
         while not self._closed.wait(self._silence_s / 4):
