@@ -199,10 +199,10 @@ def test_rejections_are_counted_with_an_example(found: SearchResult) -> None:
         (
             "65b",
             8,
-            2048,
+            64,
             r"no layout is possible: weights, gradients and optimizer alone do not fit.* On (\d+) GPUs there is one",
         ),
-        ("7b", 37, 2048, r"no layout is possible: dp does not divide the global batch.* On (\d+) GPUs there is one"),
+        ("7b", 37, 64, r"no layout is possible: dp does not divide the global batch.* On (\d+) GPUs there is one"),
     ],
 )
 def test_an_impossible_request_names_the_nearest_possible(size: str, gpus: int, batch: int, words: str) -> None:
