@@ -26,6 +26,7 @@ RUNS = {
     "llama_13b": (256, 13_015_864_320),
     "llama_33b": (256, 32_528_943_616),
     "llama_65b": (2048, 65_285_660_672),
+    "llama_65b_zb_v": (2048, 65_285_660_672),
     "llama2_70b": (2048, 68_976_648_192),
     "llama3_8b": (256, 8_030_261_248),
     "llama3_8b_128k": (256, 8_030_261_248),
@@ -81,6 +82,14 @@ def test_long_rows_fit_80_gib_on_their_ranks(name: str) -> None:
     for stage in stage_runs(run):
         found = estimate(stage, RUNS[name][0], a100)
         assert found.fits and stage.training.global_batch * stage.data.seq_len == 4_194_304
+
+
+def test_the_fast_65b_is_the_papers_in_another_layout() -> None:
+    paper, fast = (load_run(str(REPO / f"ds_configs/{name}.yaml")) for name in ("llama_65b", "llama_65b_zb_v"))
+    assert replace(fast, name=paper.name, path=paper.path, parallel=paper.parallel) == paper
+    a100 = hardware.load("a100-80gb")
+    found = estimate(fast, 2048, a100)
+    assert found.fits and found.step.seconds * 1.35 < estimate(paper, 2048, a100).step.seconds
 
 
 def test_llama_3_continues_as_published() -> None:
