@@ -29,7 +29,7 @@ from llama_ds.parallel.trace import Trace
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.communication import Message, message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
-from llama_ds.schedules.joint_weights import joint_counts
+from llama_ds.schedules.joint_weights import shares_of, weight_groups
 from llama_ds.schedules.leading import leading_forwards
 from llama_ds.schedules.schedule import Schedule
 
@@ -88,7 +88,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
         self._instructions = lists[self.stage_id]
-        self._weight_counts = joint_counts(self._instructions, schedule.joint, first_apart)
+        self._weight_groups = weight_groups(self._instructions, schedule.joint, first_apart)
         self._leading = leading_forwards(lists, place)[self.stage_id]
         self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
@@ -316,14 +316,15 @@ class LlamaPipelineEngine(PipelineEngine):
             self._deliver(step, [x.grad])
 
     def _weight_backward(self, step: Instruction) -> None:
-        count = self._weight_counts[step]  # 0: a later micro-batch's instruction computes them
         layers = self._manual_layers[step.chunk][::-1]
-        self.optimizer.final = step.micro_batch == self.micro_batches - 1
-        for i in range(count):  # a trace shows every micro-batch with its share of the layers
+        ends = step.micro_batch == self.micro_batches - 1
+        shares = shares_of(len(layers), self._weight_groups[step])
+        for i, share in enumerate(shares, step.micro_batch + 1 - len(shares)):  # a trace shows each micro-batch
             begin = self._trace.now()
-            for layer in layers[len(layers) * i // count : len(layers) * (i + 1) // count]:
-                layer.run_deferred_wgrad(count)
-            self._record("W", begin, step._replace(micro_batch=step.micro_batch - count + 1 + i))
+            for layer, count, last in share:
+                self.optimizer.final = ends and last
+                layers[layer].run_deferred_wgrad(count)
+            self._record("W", begin, step._replace(micro_batch=i))
         self.optimizer.final = False
 
     def _receive(self, step: Instruction, kind: str) -> list[Tensor]:

@@ -11,7 +11,7 @@ from llama_ds.errors import listed
 from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble_h1
 from llama_ds.schedules.communication import with_messages
 from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
-from llama_ds.schedules.joint_weights import joint_share, together
+from llama_ds.schedules.joint_weights import ending_by_chunk, joint_share, together
 from llama_ds.schedules.pass_times import EQUAL_PASSES, PassTimes, numbers_obstacle
 from llama_ds.schedules.v_orders import most_held
 from llama_ds.schedules.zero_bubble_v import V_SCHEDULES, ZeroBubbleV
@@ -98,7 +98,7 @@ class Schedule:
         if self.name in V_SCHEDULES:
             return list(self._in_a_v.orders[rank])
         steps = _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
-        return together(steps, self.joint)
+        return ending_by_chunk(together(steps, self.joint))
 
     def instructions(self, rank: int) -> list[Instruction]:
         """Return the instructions of `rank` in order, messages included."""

@@ -21,7 +21,7 @@ from itertools import count
 from typing import NamedTuple
 
 from llama_ds.schedules.instructions import Instruction, Op, Placement
-from llama_ds.schedules.joint_weights import together
+from llama_ds.schedules.joint_weights import ending_by_chunk, together
 from llama_ds.schedules.pass_times import PassTimes
 from llama_ds.schedules.simulate import simulate_orders
 
@@ -74,7 +74,7 @@ def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes, jo
     """
     sizes = limit, times, joint
     chosen = _best_rule(ranks, shortened(ranks, micro_batches, joint), *sizes)
-    return _orders(ranks, micro_batches, *sizes, chosen)
+    return tuple(tuple(ending_by_chunk(order)) for order in _orders(ranks, micro_batches, *sizes, chosen))
 
 
 def shortened(ranks: int, micro_batches: int, joint: int) -> int:
