@@ -26,7 +26,7 @@ from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.step_ends import ChunkEnds, chunk_ends, exposed_gather, exposed_reduction
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.leading import time_between_steps
-from llama_ds.schedules.schedule import IN_A_V
+from llama_ds.schedules.schedule import IN_A_V, defers
 from llama_ds.schedules.simulate import StageCost, simulate
 
 _LONG = 1e9  # seconds: longer than any pass
@@ -229,7 +229,7 @@ def _ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
     found = []
     for rank in range(job.pp):
         own = [plan.placement.stage(rank, chunk) for chunk in range(plan.placement.chunks)]
-        found.append(chunk_ends(plan.computations(rank), [costs[s] for s in own], [layers[s] for s in own]))
+        found.append(chunk_ends(plan.computations(rank), [costs[s] for s in own], [layers[s] for s in own], job.joint))
     return found
 
 
@@ -237,8 +237,9 @@ def _least_ends(job: StepJob, costs: list[StageCost]) -> list[list[ChunkEnds]]:
     """Return ends that hide no less than those of any order of the passes."""
     layers = job.layers
     if job.chunks == 1:
+        deferred = defers(job.schedule, job.joint)
         return [
-            [ChunkEnds(max(1, n), 0.0, c.forward, c.input_backward + c.weight_backward, 0.0)]
+            [ChunkEnds(max(1, n), 0.0, c.forward, _LONG if deferred else c.input_backward + c.weight_backward, 0.0)]
             for n, c in zip(layers, costs, strict=True)
         ]
     held = [0] * job.pp

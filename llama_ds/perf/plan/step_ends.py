@@ -1,8 +1,9 @@
 """Exposed time of the communication at a step's ends: gradients behind the last backward, weights before the next one.
 
 A rank reduces a layer's gradients as soon as its last micro-batch has added to them, and gathers its weights before the
-layer's first forward, in the order of the layers. Of a rank with several chunks of the model, the others compute
-meanwhile. Waits for other ranks within the pipeline, in which messages travel too, are not counted.
+layer's first forward, in the order of the layers. Deferred weight gradients at the end of a chunk's step are computed
+layer by layer (`schedules/joint_weights.py`). Of a rank with several chunks of the model, the others compute meanwhile.
+Waits for other ranks within the pipeline, in which messages travel too, are not counted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_ds.schedules.instructions import Instruction, Op
+from llama_ds.schedules.joint_weights import weight_groups
 from llama_ds.schedules.simulate import StageCost
 
 _ADDS = (Op.BACKWARD, Op.WEIGHT_BACKWARD)
@@ -23,19 +25,25 @@ class ChunkEnds:
     layers: int
     before: float  # passes before the first forward
     forward: float
-    last: float  # the last pass that adds gradients
+    last: float  # the last pass that adds gradients, or those that do together, layer by layer
     after: float  # passes after it
 
 
-def chunk_ends(steps: Sequence[Instruction], costs: Sequence[StageCost], layers: Sequence[int]) -> list[ChunkEnds]:
-    """Return the ends of each chunk in a rank's computations; `costs` and `layers` are by chunk."""
-    found = []
+def chunk_ends(
+    steps: Sequence[Instruction], costs: Sequence[StageCost], layers: Sequence[int], joint: int
+) -> list[ChunkEnds]:
+    """Return the ends of each chunk in a rank's computations; `costs` and `layers` are by chunk.
+
+    `joint` is the schedule's number of micro-batches whose weight gradients are computed together.
+    """
+    found, groups = [], weight_groups(steps, joint)
     for chunk, (cost, count) in enumerate(zip(costs, layers, strict=True)):
         first = next(n for n, step in enumerate(steps) if step.op is Op.FORWARD and step.chunk == chunk)
         ends = (n for n, step in enumerate(steps) if step.op in _ADDS and step.chunk == chunk)
         last = max(ends)
         before, after = (sum(costs[s.chunk].of(s.op) for s in part) for part in (steps[:first], steps[last + 1 :]))
-        found.append(ChunkEnds(max(1, count), before, cost.forward, cost.of(steps[last].op), after))
+        passes = sum(groups.get(steps[last], (1,)))
+        found.append(ChunkEnds(max(1, count), before, cost.forward, passes * cost.of(steps[last].op), after))
     return found
 
 
