@@ -54,12 +54,23 @@ def test_weights_are_late_only_for_layers_that_are_due() -> None:
 
 def test_ends_are_read_off_a_ranks_passes() -> None:
     """1F1B on the first of two ranks, four micro-batches: the last backward ends the step."""
-    [ends] = chunk_ends(Schedule("1f1b", 2, 4).computations(0), [StageCost(1, 2, 3)], [7])
+    [ends] = chunk_ends(Schedule("1f1b", 2, 4).computations(0), [StageCost(1, 2, 3)], [7], 1)
     assert ends == ChunkEnds(7, 0, 1, 5, 0)
     steps = Schedule("zb_v", 2, 4, 2).computations(0)
-    outer, inner = chunk_ends(steps, [StageCost(1, 2, 3)] * 2, [7, 8])
-    assert (outer.layers, inner.layers, outer.before, inner.forward, inner.last) == (7, 8, 0, 1, 3)
+    outer, inner = chunk_ends(steps, [StageCost(1, 2, 3)] * 2, [7, 8], 1)
+    assert (outer.layers, inner.layers, outer.before, inner.forward) == (7, 8, 0, 1)
     assert inner.before >= 1 and inner.after > outer.after == 0  # the chunk with the embedding ends last
+
+
+@pytest.mark.parametrize(("rank", "joint", "passes"), [(0, 2, 2), (1, 1, 2), (3, 1, 4), (3, 2, 4)])
+def test_deferred_weight_gradients_end_a_step_layer_by_layer(rank: int, joint: int, passes: int) -> None:
+    """The last rank of H1 defers three micro-batches: with the last one's, a layer's gradient is ready every 4 * 3 / 8.
+
+    In pairs, the fourth waits for the third.
+    """
+    steps = Schedule("zb_h1", 4, 8, joint=joint).computations(rank)
+    [ends] = chunk_ends(steps, [StageCost(1, 2, 3)], [8], joint)
+    assert (ends.last, ends.after) == (passes * 3, 0)
 
 
 @pytest.mark.parametrize("more", [[], ["parallel.schedule=zb_h1"], ZB_V])

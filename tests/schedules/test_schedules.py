@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise, takewhile
 
 import pytest
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.communication import message_of
 from llama_ds.schedules.instructions import COMPUTES, POSTS, SENDS, Instruction, Op, Placement
-from llama_ds.schedules.joint_weights import joint_share, weight_groups
+from llama_ds.schedules.joint_weights import ending_by_chunk, joint_share, shares_of, weight_groups
 from llama_ds.schedules.leading import leading_forwards, time_between_steps
 from llama_ds.schedules.schedule import IN_A_V, NAMES, Schedule, obstacle, split_share
 from llama_ds.schedules.simulate import StageCost, simulate
@@ -86,6 +86,36 @@ def test_the_first_micro_batch_can_stand_apart() -> None:
     """A layer's work on it is recorded and repeated; later ones still form pairs."""
     steps = Schedule("1f1b", 2, 4, joint=2).computations(1)
     assert list(weight_groups(steps, 2, first_apart=True).values()) == [(1,), (1,), (), (2,)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(schedules())
+def test_a_step_ends_chunk_by_chunk(schedule: Schedule) -> None:
+    """The last weight gradients of each chunk are computed at once, behind all other computations."""
+    for rank in range(schedule.ranks):
+        steps = schedule.computations(rank)
+        tail = list(takewhile(lambda step: step.op is Op.WEIGHT_BACKWARD, steps[::-1]))[::-1]
+        runs = [list(run) for _, run in groupby(tail, lambda step: step.chunk)]
+        assert len(runs) == len({step.chunk for step in tail})
+        groups = weight_groups(steps, schedule.joint)
+        assert all(sum(groups[run[-1]]) >= len(run) for run in runs)  # more where a chunk has the whole end
+
+
+def test_the_end_of_a_step_is_ordered_so_that_no_layer_is_later() -> None:
+    """The chunk whose last weight gradient comes first goes first; computations before the end stay."""
+    w = [Instruction(Op.WEIGHT_BACKWARD, *key) for key in ((0, 0), (1, 0), (0, 1), (1, 1), (1, 2), (0, 2), (0, 3))]
+    other = Instruction(Op.INPUT_BACKWARD, 0, 3)
+    assert ending_by_chunk([*w[:1], other, *w[1:]]) == [w[0], other, w[1], w[3], w[4], w[2], w[5], w[6]]
+    assert ending_by_chunk([*w, other]) == [*w, other]
+    groups = weight_groups([w[0], other, w[1], w[3], w[4], w[2], w[5], w[6]], 2)
+    assert groups == {w[0]: (1,), w[1]: (), w[3]: (), w[4]: (2, 1), w[2]: (), w[5]: (), w[6]: (2, 1)}
+
+
+def test_work_is_shared_layer_by_layer() -> None:
+    """Two layers, three micro-batches of which two are one product: all of a layer before the next one."""
+    assert shares_of(2, (2, 1)) == [[(0, 2, False)], [(0, 1, True)], [(1, 2, False), (1, 1, True)]]
+    assert shares_of(2, (1,)) == [[(0, 1, True), (1, 1, True)]]
+    assert shares_of(2, ()) == []
 
 
 @pytest.mark.slow
