@@ -35,6 +35,7 @@ from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
 from llama_ds.parallel.temporary import dismantle
 from llama_ds.parallel.trace import Trace
+from llama_ds.schedules.schedule import defers
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.replica_check import ReplicaCheck
@@ -51,6 +52,7 @@ from tests.parallel.layout_cases import (
     reference_model,
     step_batches,
 )
+from tests.parallel.reduction_order import watched_reductions
 from tests.parallel.step_memory import counted_matrices
 
 
@@ -82,7 +84,11 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
                     engine.trace.start()
             checks.before_step(step + 1)
             last = case.muon and step == case.steps - 1
-            with counted_matrices(engine.deepspeed) if last else nullcontext() as ledger:
+            deferred = reduces_deferred(case) and step == case.steps - 1
+            with (
+                counted_matrices(engine.deepspeed) if last else nullcontext() as ledger,
+                watched_reductions(engine.deepspeed) if deferred else nullcontext(),
+            ):
                 results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
             assert checks.lines() == [], "no step is suspicious"
             if not case.post_validation:  # reading settles the step
@@ -117,6 +123,12 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
         check_replicas(case, engine.deepspeed, checks.replicas)
     dismantle(engine.deepspeed)
     return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
+
+
+def reduces_deferred(case: Case) -> bool:
+    """Return whether our pipeline reduces weight gradients that it has deferred."""
+    defers_some = defers(case.schedule, case.joint_weight_gradients)
+    return case.pp > 1 and case.layout.data_axis > 1 and case.schedule != "deepspeed" and defers_some
 
 
 def check_other_orders_are_refused(case: Case) -> None:

@@ -1,0 +1,58 @@
+"""Watches the order in which a rank adds its last weight gradients of a step and begins to reduce them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from llama_ds.schedules.instructions import Op
+
+Event = tuple[str, int, int, int]  # add or reduce, chunk, layer of the chunk, micro-batches that are added
+
+
+@contextmanager
+def watched_reductions(engine: Any) -> Iterator[None]:
+    """Check the order of a step of our pipeline engine, by one matrix of each decoder layer."""
+    events: list[Event] = []
+    layers = {
+        id(layer.mlp.gate_proj.weight): (chunk, i)
+        for chunk, own in enumerate(engine._manual_layers)
+        for i, layer in enumerate(own)
+    }
+
+    def added(weight: nn.Parameter, buffer: Tensor, micro_batches: int) -> None:
+        if id(weight) in layers:
+            events.append(("add", *layers[id(weight)], micro_batches))
+
+    observers, buckets = engine._context.weight_gradients.observers, engine.optimizer._buckets
+    for bucket in buckets:
+        own = [layers[id(p)] for i in bucket.groups for p in engine.optimizer.bf16_groups[i] if id(p) in layers]
+
+        def start(begin: Any = bucket.start_reduction, bucket: Any = bucket, own: Any = own) -> None:
+            if own and not bucket._reduced:
+                events.append(("reduce", *own[0], 0))
+            begin()
+
+        bucket.start_reduction = start
+    observers.append(added)
+    yield
+    observers.remove(added)
+    for bucket in buckets:
+        del bucket.start_reduction
+    _check(engine, events)
+
+
+def _check(engine: Any, events: list[Event]) -> None:
+    """Check that each layer's reduction began before the deferred gradients of the layer below were computed."""
+    for chunk, layers in enumerate(engine._manual_layers):
+        last = next(s for s in reversed(engine._instructions) if s.chunk == chunk and s.op.value in ("BW", "W"))
+        if last.op is not Op.WEIGHT_BACKWARD:
+            continue
+        wanted: list[Event] = []
+        for i in reversed(range(len(layers))):
+            wanted += [("add", chunk, i, n) for n in engine._weight_groups[last]] + [("reduce", chunk, i, 0)]
+        end = events.index(("reduce", chunk, 0, 0)) + 1
+        assert events[end - len(wanted) : end] == wanted, (events, wanted)
