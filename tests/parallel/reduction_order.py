@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
-from llama_ds.schedules.instructions import Op
+from llama_ds.schedules.instructions import COMPUTES, Op
 
 Event = tuple[str, int, int, int]  # add or reduce, chunk, layer of the chunk, micro-batches that are added
 
@@ -46,13 +47,19 @@ def watched_reductions(engine: Any) -> Iterator[None]:
 
 
 def _check(engine: Any, events: list[Event]) -> None:
-    """Check that each layer's reduction began before the deferred gradients of the layer below were computed."""
+    """Check that each layer's reduction began before the last deferred gradients of the layer below were computed."""
+    computations = [step for step in engine._instructions if step.op in COMPUTES]
+    runs = [list(run) for _, run in groupby(computations, lambda step: (step.op, step.chunk))]
     for chunk, layers in enumerate(engine._manual_layers):
-        last = next(s for s in reversed(engine._instructions) if s.chunk == chunk and s.op.value in ("BW", "W"))
-        if last.op is not Op.WEIGHT_BACKWARD:
+        run = next(run for run in reversed(runs) if run[0].chunk == chunk and run[0].op.value in ("BW", "W"))
+        if run[0].op is not Op.WEIGHT_BACKWARD:
             continue
-        wanted: list[Event] = []
-        for i in reversed(range(len(layers))):
-            wanted += [("add", chunk, i, n) for n in engine._weight_groups[last]] + [("reduce", chunk, i, 0)]
-        end = events.index(("reduce", chunk, 0, 0)) + 1
-        assert events[end - len(wanted) : end] == wanted, (events, wanted)
+        at = events.index(("reduce", chunk, 0, 0))
+        for layer in range(len(layers)):  # from the one that is reduced last
+            assert events[at] == ("reduce", chunk, layer, 0), events
+            left = len(run)
+            while left:
+                at -= 1
+                assert events[at][:3] == ("add", chunk, layer), events
+                left -= events[at][3]
+            at -= 1
