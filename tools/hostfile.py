@@ -103,7 +103,8 @@ def generate(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> Answer:
     """Return the findings; the exit code is 2 if one of them is an error."""
-    found = findings(_ranks(args))
+    neighbours = load_run(args.run[0], args.run[1:]).parallel.gradient_neighbours if args.run else 1
+    found = findings(_ranks(args), neighbours)
     code = UserError.EXIT_CODE if any(finding.severity == "error" for finding in found) else 0
     text = "\n".join(f"{finding.severity:7}  {finding.text}" for finding in found)
     return Answer([asdict(finding) for finding in found], text, code)

@@ -204,7 +204,7 @@ def launch(args: argparse.Namespace) -> int:
     hosts = dict(found.hosts)
     layout = resolve_layout(wanted, sum(hosts.values()))
     ranks = place_ranks(hosts, layout)
-    for finding in findings(ranks):
+    for finding in findings(ranks, wanted.parallel.gradient_neighbours):
         if finding.severity == "error":
             raise UserError(f"{args.hostfile}: {finding.text}")
         if finding.severity == "warning" or args.dry_run:

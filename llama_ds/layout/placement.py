@@ -81,11 +81,16 @@ def by_host(ranks: Iterable[PlacedRank]) -> dict[str, list[PlacedRank]]:
     return dict(found)
 
 
-def findings(ranks: Sequence[PlacedRank]) -> list[PlacementFinding]:
-    """Check the placement of all ranks of a job: hosts, tensor, pipeline and data parallelism."""
+def findings(ranks: Sequence[PlacedRank], neighbours: int = 1) -> list[PlacementFinding]:
+    """Check the placement of all ranks of a job: hosts, tensor, pipeline and data parallelism.
+
+    Args:
+        neighbours: data-parallel ranks that add gradients before others get them, `parallel.gradient_neighbours`.
+    """
     slots = {host: len(found) for host, found in by_host(ranks).items()}
     context = [_context(ranks)] if sizes(ranks).cp > 1 else []
-    return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), *context, _pipeline(ranks, slots), _data(ranks)]
+    near = [_neighbours(ranks, neighbours)] if neighbours > 1 else []
+    return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), *context, _pipeline(ranks, slots), _data(ranks), *near]
 
 
 def _slots(slots: Mapping[str, int], axes: Axes) -> PlacementFinding:
@@ -187,6 +192,22 @@ def _data(ranks: Sequence[PlacedRank]) -> PlacementFinding:
         "ok",
         f"{name}: {groups_text} of {dp} ranks over {hosts} hosts, {each} on a host; "
         f"{_count(shared, 'group')} at most {'reduce' if shared > 1 else 'reduces'} gradients through a host's network",
+    )
+
+
+def _neighbours(ranks: Sequence[PlacedRank], neighbours: int) -> PlacementFinding:
+    hosts = [[ranks[rank].host for rank in group] for group in sizes(ranks).groups("dp", "cp")]
+    groups = [group[at : at + neighbours] for group in hosts for at in range(0, len(group), neighbours)]
+    spanning = [group for group in groups if len(set(group)) > 1]
+    name = "gradient_neighbours"
+    if not spanning:
+        return PlacementFinding("ok", f"{name}: {_groups_text(len(groups))} of {neighbours} ranks within a host")
+    together = math.gcd(*(count for group in hosts for count in Counter(group).values()))
+    return PlacementFinding(
+        "warning",
+        f"{name}: {len(spanning)} of {len(groups)} groups of {neighbours} ranks span hosts, the first "
+        f"{_some(_distinct(spanning[0]))}, between which gradients then pass in fp32; use "
+        f"parallel.gradient_neighbours = {listed(divisors(together))}",
     )
 
 

@@ -41,6 +41,25 @@ def test_ranks_are_numbered_as_in_deepspeed(pp: int, dp: int, tp: int) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("neighbours", "severity", "text"),
+    [
+        (2, "ok", "all 8 groups of 2 ranks within a host"),
+        (4, "ok", "all 4 groups of 4 ranks within a host"),
+        (
+            8,
+            "warning",
+            "2 of 2 groups of 8 ranks span hosts, the first n1 and n2, between which gradients then pass in fp32; use "
+            "parallel.gradient_neighbours = 1, 2 or 4",
+        ),
+    ],
+)
+def test_ranks_that_add_gradients_first_are_on_one_host(neighbours: int, severity: str, text: str) -> None:
+    """Two hosts of eight ranks, tp 2: four data-parallel ranks of a host are neighbours."""
+    *_, finding = findings(place_ranks(nodes(2), Axes(pp=1, tp=2)), neighbours)
+    assert (finding.severity, finding.text) == (severity, f"gradient_neighbours: {text}")
+
+
 def test_hosts_are_filled_in_the_files_order() -> None:
     ranks = place_ranks({"b": 1, "a": 3}, Axes(pp=2, tp=2))
     assert [(r.host, r.slot) for r in ranks] == [("b", 0), ("a", 0), ("a", 1), ("a", 2)]
