@@ -55,7 +55,7 @@ def _check(engine: Any, events: list[Event]) -> None:
         if run[0].op is not Op.WEIGHT_BACKWARD:
             continue
         at = events.index(("reduce", chunk, 0, 0))
-        for layer in range(len(layers)):  # from the one that is reduced last
+        for layer in range(len(layers)):  # the one that is reduced last comes first
             assert events[at] == ("reduce", chunk, layer, 0), events
             left = len(run)
             while left:
