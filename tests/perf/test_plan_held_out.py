@@ -32,14 +32,39 @@ def test_runs_to_which_nothing_was_fitted_are_predicted_within_bounds(held_out: 
     """The errors in docs/measurements, 2026-11-29 later rows; gdGPT's rows, up to 178 percent off, are among them."""
     found = summary(times(held_out, "a100"))
     assert found["rows"] == 119
-    assert found["median"] < 0.07
+    assert found["median"] < 0.05
     assert found["p90"] < 0.2
     llama = summary([c for c in times(held_out, "a100") if "InternEvo" in c.row.source])
     assert llama["rows"] == 48
-    assert llama["p90"] < 0.15, "steps of one micro-batch on 1,024 GPUs are 36 percent too fast"
+    assert llama["p90"] < 0.1, "steps of one micro-batch on 1,024 GPUs are 25 percent too fast"
     memory = summary([c for c in held_out if c.row.kind == "peak_mem_gib" and "FlagPerf" in c.row.source])
     assert memory["rows"] == 46
     assert memory["median"] < 0.08
+
+
+def test_what_a_program_does_besides_products_costs_time(tmp_path: Path) -> None:
+    """Each was counted in a program's code: Paddle's layers and stage 2, InternLM's update, DeepSpeed's buckets."""
+    row = ROW.replace(",8,1,1,8,1,0,full,1,", ",8,2,1,4,1,0,none,2,") + '"RMS kernel'
+    notes = (
+        *("", "; q, k, v, gate and up in separate products, each with its own sum of input gradients"),
+        *("; sharding stage 2", "; DeepSpeed", "; and biases", "; norms computed again in the backward"),
+    )
+    (tmp_path / "mine.csv").write_text("\n".join([HEADER, *(f'{row}{note}"' for note in notes)]) + "\n")
+    bare, *slower = (step_time(MACHINES["a100-80gb"], row.job).seconds for row in read_rows(tmp_path / "mine.csv"))
+    assert min(slower) > bare
+    assert max(slower) < 1.1 * bare
+
+
+def test_sums_of_input_gradients_beside_weight_gradients_are_mostly_hidden(tmp_path: Path) -> None:
+    row = ROW.replace(",8,1,1,8,1,0,full,1,", ",8,2,1,4,1,0,none,1,") + '"RMS kernel'
+    notes = "; each with its own sum of input gradients", "; each sum of input gradients beside a weight gradient"
+    (tmp_path / "mine.csv").write_text("\n".join([HEADER, *(f'{row}{note}"' for note in notes)]) + "\n")
+    waiting, beside = (row.job for row in read_rows(tmp_path / "mine.csv") if row.job)
+    gpu = MACHINES["a100-80gb"]
+    hidden = (
+        step_time(gpu, waiting).stages[0].input_backward.tensor - step_time(gpu, beside).stages[0].input_backward.tensor
+    )
+    assert hidden > 0.5 * step_time(gpu, waiting).stages[0].forward.tensor
 
 
 def test_held_out_runs_that_were_out_of_memory_are_recognised() -> None:

@@ -12,11 +12,11 @@ from published import DATA, HEADER, MACHINES, checked, times
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
+from llama_ds.perf.plan.kernel_speeds import FLASH_1, FLASH_2, relative_speed
 from llama_ds.perf.plan.likely import SPANS
 from llama_ds.perf.plan.memory import layer_activations, needed_memory, published_memory
 from llama_ds.perf.plan.program import (
     AUTOGRAD,
-    FLASH_1,
     LLAMA,
     MEGATRON,
     NEMO,
@@ -25,15 +25,23 @@ from llama_ds.perf.plan.program import (
     ZERO3_2021,
     Program,
     with_attention,
+    with_biases,
     with_broadcasts,
     with_cast_norms,
-    with_deepspeed_buffers,
+    with_deepspeed,
     with_fused_loss,
     with_fused_swiglu,
+    with_own_sums,
     with_padded_vocabulary,
     with_plain_norms,
+    with_plain_optimizer,
     with_plain_rotation,
+    with_recomputed_norms,
+    with_separate_gate,
+    with_separate_products,
     with_small_gradients,
+    with_sums_beside_weights,
+    with_waiting_reduction,
     without_flash,
 )
 from llama_ds.perf.plan.rows import KINDS, Row, program_of, read_rows, stages_of
@@ -122,6 +130,13 @@ def test_the_likely_interval_is_that_of_the_measured_runs() -> None:
     assert 0.8 * runs < inside < runs
 
 
+def test_kernels_of_attention_differ_by_device_and_head() -> None:
+    assert relative_speed(FLASH_2, "A100", 128) == 1
+    assert relative_speed(FLASH_1, "A100", 128) < relative_speed("Triton", "A100", 128) < 1
+    assert relative_speed(FLASH_1, "A100", 128) < relative_speed(FLASH_1, "A100", 64)
+    assert relative_speed("cuDNN", "H100", 128) > 1 == relative_speed("cuDNN", "A100", 128)
+
+
 @pytest.mark.parametrize(
     ("note", "program", "flash"),
     [
@@ -135,10 +150,18 @@ def test_the_likely_interval_is_that_of_the_measured_runs() -> None:
         ("NeMo 24.09", NEMO, True),
         ("Transformer Engine, kernel for RMSNorm", with_fused_swiglu(LLAMA), True),
         ("kernel for RMSNorm; rotary embedding by operations", with_plain_rotation(LLAMA), True),
-        ("DeepSpeed; kernel for RMSNorm", with_deepspeed_buffers(LLAMA), True),
+        ("DeepSpeed; kernel for RMSNorm", with_deepspeed(LLAMA), True),
         ("Megatron-LM; kernel for RMSNorm", with_padded_vocabulary(LLAMA), True),
         ("kernels for RMSNorm, of fp32 copies", with_cast_norms(LLAMA), True),
         ("HSDP, by broadcasts of whole tensors", with_broadcasts(AUTOGRAD), True),
+        ("RMS kernel; gate and up in separate products", with_separate_gate(LLAMA), True),
+        ("transformers' layer, RMS kernel", with_separate_products(LLAMA), True),
+        ("RMS kernel; each with its own sum of input gradients", with_own_sums(LLAMA), True),
+        ("RMS kernel; each sum of input gradients beside a weight gradient", with_sums_beside_weights(LLAMA), True),
+        ("RMS kernel; sharding stage 2", with_waiting_reduction(LLAMA), True),
+        ("RMS kernel; norms computed again in the backward", with_recomputed_norms(LLAMA), True),
+        ("RMS kernel; AdamW by operations", with_plain_optimizer(LLAMA), True),
+        ("RMS kernel and biases", with_biases(LLAMA), True),
         ("kernel for RMSNorm; gradients in fp16", with_small_gradients(LLAMA), True),
         ("kernel for RMSNorm; reduction beside the backward", AUTOGRAD, True),
         ("kernel for RMSNorm; FlashAttention-1", with_attention(LLAMA, FLASH_1), True),
@@ -155,7 +178,7 @@ def test_a_llama_program_is_that_of_the_note(note: str, program: Program, flash:
 def test_a_gpt_program_is_that_of_the_note() -> None:
     assert program_of({"note": "NeMo 24.09; flash; bf16", "model": "GPT-175B"}) is NEMO_GPT
     assert program_of({"note": "DeepSpeed ZeRO-3 of 2021", "model": "GPT-175B"}) is ZERO3_2021
-    assert program_of({"note": "as NeoX; FlashAttention-2", "model": "GPT-4B"}) is with_attention(NEOX, 1.0)
+    assert program_of({"note": "as NeoX; FlashAttention-2", "model": "GPT-4B"}) is with_attention(NEOX, FLASH_2)
 
 
 def test_norms_by_operations_and_scores_take_time_and_memory(tmp_path: Path) -> None:

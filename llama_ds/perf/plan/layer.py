@@ -25,6 +25,7 @@ from llama_ds.perf.plan.communication import (
 from llama_ds.perf.plan.compute import flash_attention, fp8_gemm, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import OP, StepJob
+from llama_ds.perf.plan.kernel_speeds import relative_speed
 from llama_ds.perf.plan.program import MemoryTraffic, Program
 from llama_ds.perf.plan.row_sharing import RowSharing, shared_attention
 
@@ -119,17 +120,25 @@ def _layer(
         (hidden, inner * (2 if program.gated else 1)),
         (inner, hidden),
     ]
+    columns: list[tuple[int, ...]] = [(n,) for _, n in products]  # widths of the products that compute each
+    if program.separate[0]:
+        columns[0] = (queries, keys, keys)
+    if program.separate[1] and program.gated:
+        columns[2] = (inner, inner)
+    pieces = [[(k, n) for n in wide] for (k, _), wide in zip(products, columns, strict=True)]
     scaling, in_fp8, _ = fp8
     multiply = gemm if scaling == "off" else fp8_gemm
-    forward_gemm = [multiply(gpu, tokens, n, k) for k, n in products]
-    input_gemm = [multiply(gpu, tokens, k, n) for k, n in products]
-    weight_gemm = [(fp8_gemm if in_fp8 else gemm)(gpu, k, n, tokens) for k, n in products]
+    weigh = fp8_gemm if in_fp8 else gemm
+    forward_gemm = [sum(multiply(gpu, tokens, n, k) for k, n in piece) for piece in pieces]
+    input_gemm = [sum(multiply(gpu, tokens, k, n) for k, n in piece) for piece in pieces]
+    weight_gemm = [sum(weigh(gpu, k, n, tokens) for k, n in piece) for piece in pieces]
 
     attend = flash_attention if program.flash else plain_attention
     shared = shared_attention(
         gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes, documents
     )
-    attention, attention_back = (time / (program.attention if program.flash else 1) for time in shared.attention)
+    speed = relative_speed(program.attention, gpu.device, head_dim) if program.flash else 1.0
+    attention, attention_back = (time / speed for time in shared.attention)
     scale = program.element_bytes / 2
     scores = rows * local_heads * seq_len * seq_len * scale / sharing.size
     score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
@@ -179,6 +188,11 @@ def _layer(
         credit = (1 - split_share) * (1 - contention(gpu, RankGroup(tp)))
         exposed -= credit * sum(covered)
         hidden_ahead = credit * covered[0] if sequence_parallel else 0.0
+    if program.own_sums and tp > 1 and not sequence_parallel:
+        own_weights = [weigh(gpu, k, n, tokens) for k, n in pieces[0] + pieces[2]]
+        exposed = len(own_weights) * sent[0]
+        if program.sums_beside_weights:
+            exposed -= sum(min(sent[0], time) for time in own_weights) * (1 - contention(gpu, RankGroup(tp)))
     if program.sums_norms and sequence_parallel:
         exposed += 2 * all_reduce(gpu, RankGroup(tp), 4.0 * hidden) * contention(gpu, RankGroup(tp))
     if chunks > 1 and split_share:  # input gradients in chunks, up to the first product of the layer below
@@ -198,9 +212,10 @@ def _layer(
         shared.exposed[1],
     )
     backward += quantising[1]
-    weights = _weight_gradients(gpu, program, tokens, products, in_fp8, 1) * (1 - joint[1])
+    single = [piece for each in pieces for piece in each]
+    weights = _weight_gradients(gpu, program, tokens, single, in_fp8, 1) * (1 - joint[1])
     if joint[1]:
-        weights += _weight_gradients(gpu, program, tokens, products, in_fp8, joint[0]) * joint[1]
+        weights += _weight_gradients(gpu, program, tokens, single, in_fp8, joint[0]) * joint[1]
     weights += quantising[2]
     recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
     if policy == OP:  # every second product of q, k, v, o, gate, up and down is repeated: k, o, up

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+from llama_ds.perf.plan.kernel_speeds import CUDNN, FLASH_1, FLASH_2, TRITON
+
 
 @dataclass(frozen=True)
 class MemoryTraffic:
@@ -52,7 +54,12 @@ class Program:
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
     element_bytes: int = 2  # bytes of an element; the traffic scales with it
-    attention: float = 1  # speed of its fused attention, relative to FlashAttention-2
+    attention: str = FLASH_2  # kernel of its fused attention (`kernel_speeds.py`)
+    separate: tuple[bool, bool] = (False, False)  # whether q, k, v and gate, up are products of their own
+    own_sums: bool = False  # each product of an input sums its input gradient over tp, without sequence parallelism
+    sums_beside_weights: bool = False  # these sums overlap the product's own weight gradient
+    step_copies: float = 0  # bytes moved per weight on a rank to fill and empty the reduction's buckets
+    waits_for_reduction: bool = False  # ZeRO-2 sums each gradient before the backward goes on
     overlaps_forward: bool = False  # products overlap the tensor-parallel collectives beside them, in tp chunks
     shared_links: int = 1  # collectives over all ranks of a node use one of so many shares of its network links
     buffers_gib: float = 0  # buckets for reduction and gather, outside of what memory.py counts
@@ -125,11 +132,6 @@ MEGATRON = Program(
 # The same in bf16: gradients accumulate in fp32, in addition to those in 16 bits.
 MEGATRON_BF16 = replace(MEGATRON, name="megatron_bf16", reduced_bytes=4, accumulation=14, gradient_bytes=6)
 
-# Fused attention of 2022 reached 30-50% of an A100's peak forward and 25-35% backward, FlashAttention-2 reaches 50-73%
-# (arXiv 2307.08691, section 1). On an H100, MPT's kernel, fitted, has 0.65 and 0.73 of the speed of FlashAttention-2,
-# measured.
-FLASH_1 = 0.67
-
 # MosaicML llm-foundry on PyTorch FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients need one more read,
 # GELU, fused attention, multi-tensor AdamW. Its fused loss keeps the logits and their gradient in 16 bits.
 FSDP = Program(
@@ -151,7 +153,7 @@ FSDP = Program(
     blocking_sends=True,
     overlaps_reduction=True,
     overlaps_tensor=False,
-    attention=FLASH_1,
+    attention=TRITON,
     kept_logits=4,
 )
 # GPT-NeoX on DeepSpeed: Megatron's layer with fused attention, without dropout.
@@ -193,8 +195,7 @@ AUTOGRAD = replace(
 LLAMA = replace(AUTOGRAD, name="llama", overlaps_reduction=False)
 
 # Megatron-Core with Transformer Engine: fused kernels as ours, gradients in bf16, the tensor-parallel collectives in
-# chunks beside their products. cuDNN's attention on an H100 is 1.7 to 2 times as fast as FlashAttention-2 (arXiv
-# 2407.08608, figures 5 and 6).
+# chunks beside their products.
 NEMO = replace(
     OURS,
     name="nemo",
@@ -204,7 +205,7 @@ NEMO = replace(
     accumulation=6,
     kept_inner=6,
     overlaps_forward=True,
-    attention=1.8,
+    attention=CUDNN,
 )
 NEMO_GPT = replace(NEMO, name="nemo_gpt", gated=False, inner=MemoryTraffic(4, 8), heads=MemoryTraffic(6, 8))
 
@@ -285,9 +286,75 @@ def with_padded_vocabulary(program: Program) -> Program:
 
 
 @cache
-def with_deepspeed_buffers(program: Program) -> Program:
-    """Return a program with DeepSpeed's buckets."""
-    return replace(program, name=f"{program.name}_buckets", buffers_gib=MEGATRON.buffers_gib)
+def with_deepspeed(program: Program) -> Program:
+    """Return a program with DeepSpeed's buckets, into which gradients are copied and divided, and its optimizer."""
+    return replace(
+        program,
+        name=f"{program.name}_deepspeed",
+        buffers_gib=MEGATRON.buffers_gib,
+        optimizer_bytes=MEGATRON.optimizer_bytes,
+        step_copies=8,
+    )
+
+
+@cache
+def with_separate_gate(program: Program) -> Program:
+    """Return a program that multiplies gate and up one after the other."""
+    return replace(program, name=f"{program.name}_gate", separate=(False, True))
+
+
+@cache
+def with_separate_products(program: Program) -> Program:
+    """Return a program that multiplies queries, keys, values, gate and up one after the other."""
+    return replace(program, name=f"{program.name}_separate", separate=(True, True))
+
+
+@cache
+def with_own_sums(program: Program) -> Program:
+    """Return a program in which each column-parallel product sums its input gradient, and waits for it.
+
+    So Paddle's `_c_identity`: five all-reduces in the backward of a layer with separate products, not two.
+    """
+    return replace(program, name=f"{program.name}_sums", own_sums=True)
+
+
+@cache
+def with_sums_beside_weights(program: Program) -> Program:
+    """Return a program whose products sum their input gradients while they compute their weight gradients."""
+    return replace(program, name=f"{program.name}_beside", own_sums=True, sums_beside_weights=True)
+
+
+@cache
+def with_waiting_reduction(program: Program) -> Program:
+    """Return a program whose ZeRO-2 sums each gradient on the stream of the computation, as Paddle's stage 2."""
+    return replace(program, name=f"{program.name}_waiting", waits_for_reduction=True)
+
+
+@cache
+def with_recomputed_norms(program: Program) -> Program:
+    """Return a program that computes norms of fp32 copies again in the backward: twice 12 bytes, and a sum of 6."""
+    hidden = MemoryTraffic(program.hidden.forward, program.hidden.backward + 30)
+    return replace(program, name=f"{program.name}_again", hidden=hidden, kept_norm=4)
+
+
+@cache
+def with_plain_optimizer(program: Program) -> Program:
+    """Return a program whose update is computed operation by operation, on gradients from buckets.
+
+    Sum of an fp32 copy 10, norm 2, flattening 4, cast 6, clipping 8, AdamW 88, cast of the weights 6. AdamW: decay 8,
+    product and sum of the first moment 20, of the second 20, root, quotient and sum 24, update 16. Gradients are copied
+    into a bucket, divided and copied back.
+    """
+    return replace(program, name=f"{program.name}_update", optimizer_bytes=124, step_copies=12)
+
+
+@cache
+def with_biases(program: Program) -> Program:
+    """Return a program that adds biases to q, k, v, gate and up, each 4 bytes, and sums all biases' gradients, 2."""
+    heads = MemoryTraffic(program.heads.forward + 3, program.heads.backward + 1.5)
+    hidden = MemoryTraffic(program.hidden.forward, program.hidden.backward + 4)
+    inner = MemoryTraffic(program.inner.forward + 8, program.inner.backward + 4)
+    return replace(program, name=f"{program.name}_biases", hidden=hidden, heads=heads, inner=inner)
 
 
 @cache
@@ -302,6 +369,6 @@ def without_flash(program: Program, fused_softmax: bool) -> Program:
 
 
 @cache
-def with_attention(program: Program, speed: float) -> Program:
-    """Return a program whose fused attention has this speed, relative to FlashAttention-2."""
-    return replace(program, name=f"{program.name}_attention", attention=speed)
+def with_attention(program: Program, kernel: str) -> Program:
+    """Return a program with this kernel for its fused attention."""
+    return replace(program, name=f"{program.name}_{kernel}", attention=kernel)

@@ -15,9 +15,9 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import OP, Counts, StepJob
+from llama_ds.perf.plan.kernel_speeds import FLASH_1, FLASH_2
 from llama_ds.perf.plan.program import (
     AUTOGRAD,
-    FLASH_1,
     FSDP,
     LLAMA,
     MEGATRON,
@@ -28,15 +28,23 @@ from llama_ds.perf.plan.program import (
     ZERO3_2021,
     Program,
     with_attention,
+    with_biases,
     with_broadcasts,
     with_cast_norms,
-    with_deepspeed_buffers,
+    with_deepspeed,
     with_fused_loss,
     with_fused_swiglu,
+    with_own_sums,
     with_padded_vocabulary,
     with_plain_norms,
+    with_plain_optimizer,
     with_plain_rotation,
+    with_recomputed_norms,
+    with_separate_gate,
+    with_separate_products,
     with_small_gradients,
+    with_sums_beside_weights,
+    with_waiting_reduction,
     without_flash,
 )
 from llama_ds.schedules.schedule import obstacle
@@ -79,9 +87,17 @@ _STATED: dict[str, Callable[[Program], Program]] = {  # words of a note in lower
     "rotary embedding too": with_plain_rotation,
     "transformer engine": with_fused_swiglu,
     "megatron-": with_padded_vocabulary,
-    "deepspeed": with_deepspeed_buffers,
+    "deepspeed": with_deepspeed,
+    "gate and up in separate products": with_separate_gate,
+    "q, k, v, gate and up in separate products": with_separate_products,
+    "transformers'": with_separate_products,
+    "each with its own sum of input gradients": with_own_sums,
+    "each sum of input gradients beside a weight gradient": with_sums_beside_weights,
+    "sharding stage 2": with_waiting_reduction,
+    "norms computed again in the backward": with_recomputed_norms,
+    "adamw by operations": with_plain_optimizer,
+    "and biases": with_biases,
 }
-_ATTENTION = {"FlashAttention-1": FLASH_1, "FlashAttention-2": 1.0}  # speeds of kernels that a note states
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
 _CP = re.compile(r"\bcp ([0-9]+)")
 _RECOMPUTE = re.compile(rf"({'|'.join((*POLICIES, OP))})(?::1/([1-9]))?")
@@ -239,8 +255,8 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
 def program_of(row: dict[str, str]) -> Program:
     """Return the program of a row: for LLaMA-like models and others by the note, otherwise Megatron."""
     program = _program_of(row)
-    speed = next((speed for words, speed in _ATTENTION.items() if words in row["note"]), program.attention)
-    return program if speed == program.attention else with_attention(program, speed)
+    kernel = next((name for name in (FLASH_1, FLASH_2) if name in row["note"]), program.attention)
+    return program if kernel == program.attention else with_attention(program, kernel)
 
 
 def _program_of(row: dict[str, str]) -> Program:

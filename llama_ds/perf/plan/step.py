@@ -19,6 +19,7 @@ from llama_ds.perf.plan.communication import (
     reduce_scatter,
     ring_latency,
 )
+from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Counts, StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
@@ -260,10 +261,14 @@ def end_of_step(
     for rank, by_role in enumerate(rank_roles(job)):
         parameters = by_role.total()
         update = update_time(gpu, job, rank, by_role).seconds
+        if job.zero_stage < 2:
+            update += _copies_into_buckets(gpu, job, parameters)
         scatter = _reduction(gpu, job, parameters)
         gather = _gather(gpu, job, parameters) if job.zero_stage else 0.0 if _sums_at_end(job) else scatter
         if job.zero_stage >= 2:  # already part of every micro-batch
-            scatter = 0.0 if job.zero_stage == 3 or program.overlaps_reduction else scatter
+            scatter = (
+                0.0 if job.zero_stage == 3 or program.overlaps_reduction or program.waits_for_reduction else scatter
+            )
             gather = 0.0 if job.zero_stage == 3 else gather
         if program.overlaps_reduction and not _sums_at_end(job):
             scatter = exposed_reduction(ends[rank], scatter, share)
@@ -327,7 +332,15 @@ def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> Stag
     backward, sent = cost.input_backward + cost.weight_backward, gather + scatter + summed
     disturbed = share * (gather + scatter) + contention(gpu, copies) * summed
     whole = _overlapped(backward, sent, disturbed) + (scatter + summed) / layers
+    if job.program.waits_for_reduction:
+        whole = backward + sent
+    whole += _copies_into_buckets(gpu, job, parameters)
     return StageCost(forward, whole - cost.weight_backward, cost.weight_backward)
+
+
+def _copies_into_buckets(gpu: Hardware, job: StepJob, parameters: int) -> float:
+    """Return the time in which gradients are copied and divided around their reduction."""
+    return pointwise(gpu, job.program.step_copies * parameters, "optimizer") if job.data_group.size > 1 else 0.0
 
 
 def _overlapped(compute: float, communicate: float, disturbed: float) -> float:
