@@ -99,7 +99,7 @@ _STATED: dict[str, Callable[[Program], Program]] = {  # words of a note in lower
     "and biases": with_biases,
 }
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
-_CP = re.compile(r"\bcp ([0-9]+)")
+_CP = re.compile(r"\bcp ([0-9]+)( by all-to-all)?")
 _RECOMPUTE = re.compile(rf"({'|'.join((*POLICIES, OP))})(?::1/([1-9]))?")
 
 
@@ -195,16 +195,18 @@ def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
     if "fp8" in note and "not fp8" not in note:
         return "fp8"
     tp, pp, dp, n = (numbers[name] or 0 for name in ("tp", "pp", "dp", "n_gpus"))
-    cp = _cp(row)
+    cp = _cp(row).ranks
     if tp * pp * dp * cp != n:
         return f"tp {tp} * pp {pp} * {f'cp {cp} * ' if cp > 1 else ''}dp {dp} is not n_gpus {n}"
     return ""
 
 
-def _cp(row: dict[str, str]) -> int:
-    """Return the number of ranks that share each row, as the note states it."""
+def _cp(row: dict[str, str]) -> CpSizes:
+    """Return how ranks share each row, as the note states it."""
     stated = _CP.search(row["note"])
-    return int(stated[1]) if stated else 1
+    if not stated:
+        return WHOLE_ROWS
+    return CpSizes(all_to_all=int(stated[1])) if stated[2] else CpSizes(ring=int(stated[1]))
 
 
 def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, zero: float | None) -> StepJob | str:
@@ -221,7 +223,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
             num_attention_heads=heads,
             num_key_value_heads=n["kv_heads"] or heads,
             head_dim=head_dim,
-            tie_word_embeddings=not program.gated,
+            tie_word_embeddings=not program.gated and "not tied" not in row["note"],
         )
     except UserError as error:
         return str(error)
@@ -238,7 +240,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         seq_len=n["seq_len"],
         micro_batch=n["micro_batch"],
         micro_batches=micro_batches,
-        axes=Axes(pp=n["pp"], dp=n["dp"], cp=_cp(row), tp=n["tp"]),
+        axes=Axes(pp=n["pp"], dp=n["dp"], cp=_cp(row).ranks, tp=n["tp"]),
         sequence_parallel=sharded and n["tp"] > 1,
         zero_stage=int(zero) if zero is not None else 0,
         state_ranks=min(n["dp"], max(1, NODE_RANKS // n["tp"])) if "HSDP" in row["note"] else 0,
@@ -247,7 +249,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         extra_warmup=warmup,
         stages=stages_of(n["layers"], stages, row["recompute"] or "none"),
         whole_model=not bare,
-        cp_sizes=CpSizes(ring=_cp(row)) if _cp(row) > 1 else WHOLE_ROWS,
+        cp_sizes=_cp(row),
         launch_blocking="CUDA_LAUNCH_BLOCKING=1" in row["note"] and n["n_gpus"] >= 320,
     )
 
