@@ -148,7 +148,7 @@ def _layer(
             return traffic.forward if forward else traffic.backward
 
         moved = of(program.hidden) * own * hidden + of(program.inner) * tokens * inner
-        moved += of(program.heads) * tokens * (2 * queries + 2 * keys)
+        moved += of(program.heads) * tokens * (2 * queries + 2 * keys) + of(program.copies) * tokens * queries
         return pointwise(gpu, scale * moved, "forward" if forward else "backward")
 
     size = float(program.element_bytes) * tokens * hidden / chunks

@@ -55,6 +55,7 @@ class Program:
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
     element_bytes: int = 2  # bytes of an element; the traffic scales with it
     attention: str = FLASH_2  # kernel of its fused attention (`kernel_speeds.py`)
+    copies: MemoryTraffic = MemoryTraffic(0, 0)  # around attention, on tensors as large as the queries
     separate: tuple[bool, bool] = (False, False)  # whether q, k, v and gate, up are products of their own
     own_sums: bool = False  # each product of an input sums its input gradient over tp, without sequence parallelism
     sums_beside_weights: bool = False  # these sums overlap the product's own weight gradient
@@ -280,9 +281,9 @@ def with_broadcasts(program: Program) -> Program:
 
 
 @cache
-def with_padded_vocabulary(program: Program) -> Program:
-    """Return a program that pads the vocabulary as Megatron-LM does."""
-    return replace(program, name=f"{program.name}_padded", padded_vocab=MEGATRON.padded_vocab)
+def with_megatron_vocabulary(program: Program) -> Program:
+    """Return a program with Megatron-LM's padding of the vocabulary, and its loss in fp32."""
+    return replace(program, name=f"{program.name}_padded", padded_vocab=MEGATRON.padded_vocab, logits=MEGATRON.logits)
 
 
 @cache
@@ -307,6 +308,29 @@ def with_separate_gate(program: Program) -> Program:
 def with_separate_products(program: Program) -> Program:
     """Return a program that multiplies queries, keys, values, gate and up one after the other."""
     return replace(program, name=f"{program.name}_separate", separate=(True, True))
+
+
+@cache
+def with_transformers(program: Program) -> Program:
+    """Return a program with transformers' LLaMA: separate products, and a loss of shifted logits in fp32.
+
+    Cast 6, copy of all tokens but the last 8, log-softmax 8; backward: gradient of the picked logits 4, log-softmax 12,
+    the copy's gradient among zeros 12, cast 6.
+    """
+    changed = with_separate_products(program)
+    return replace(changed, name=f"{changed.name}_hf", logits=MemoryTraffic(22, 34), kept_logits=18)
+
+
+@cache
+def with_copies(program: Program, forward: float, backward: float) -> Program:
+    """Return a program that moves these bytes for each element of the queries around attention.
+
+    Keys and values repeated to all heads: written 4; their gradients read 4. Repeated before rotation (litgpt): written
+    with the queries 8, rotated 20, queries and keys concatenated 8; gradients 8, 30 and 8. Rows unpadded: three tensors
+    gathered 12, the result scattered 6; three gradients scattered 18, one gathered 4.
+    """
+    copies = MemoryTraffic(program.copies.forward + forward, program.copies.backward + backward)
+    return replace(program, name=f"{program.name}_copies", copies=copies)
 
 
 @cache

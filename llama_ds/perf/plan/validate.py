@@ -136,6 +136,7 @@ def stated_flops(job: StepJob, hardware: bool) -> float:
     parameters = parameter_count(model)
     if not job.program.gated:
         parameters -= model.num_hidden_layers * model.hidden_size * model.intermediate_size
+        parameters -= 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size  # a lookup has no FLOPs
     attention = 12.0 * model.num_hidden_layers * model.hidden_size * job.seq_len
     if not hardware:
         return 6 * parameters + attention
