@@ -29,11 +29,11 @@ def held_out() -> list[Checked]:
 
 
 def test_runs_to_which_nothing_was_fitted_are_predicted_within_bounds(held_out: list[Checked]) -> None:
-    """The errors in docs/measurements, 2026-11-29 later rows; gdGPT's rows, up to 178 percent off, are among them."""
+    """The errors in docs/measurements, 2026-11-30 third rows; gdGPT's, up to 140 percent off, are among them."""
     found = summary(times(held_out, "a100"))
-    assert found["rows"] == 119
+    assert found["rows"] == 165
     assert found["median"] < 0.05
-    assert found["p90"] < 0.2
+    assert found["p90"] < 0.23
     llama = summary([c for c in times(held_out, "a100") if "InternEvo" in c.row.source])
     assert llama["rows"] == 48
     assert llama["p90"] < 0.1, "steps of one micro-batch on 1,024 GPUs are 25 percent too fast"
@@ -69,7 +69,7 @@ def test_sums_of_input_gradients_beside_weight_gradients_are_mostly_hidden(tmp_p
 
 def test_held_out_runs_that_were_out_of_memory_are_recognised() -> None:
     found = fits(read_rows(DATA / "held_out_runs.csv"), MACHINES)
-    assert found and (found.ran, found.failed) == (191, 13)
+    assert found and (found.ran, found.failed) == (260, 13)
     assert found.said_to_fail >= 11, "gdGPT's ZeRO-3 with 1,024 and 1,280 tokens a row is said to fit"
     assert found.agreement >= 0.97
 
@@ -106,3 +106,14 @@ def test_zero_1_within_a_node_gathers_there_and_broadcasts_wait_for_each_sender(
     assert everywhere > on_a_node + 1
     assert jobs[2] and jobs[2].copies_group.size == 128
     assert needed_memory(jobs[2]) > needed_memory(jobs[1]), "as many copies of the states as nodes"
+
+
+def test_ranks_share_rows_by_a_ring_or_all_to_all_as_a_row_states(tmp_path: Path) -> None:
+    row = ROW.replace(",8,1,1,8,", ",8,1,1,1,")
+    notes = "cp 8; FSDP", "cp 8 by all-to-all; FSDP", "cp 8 by all-to-all; FSDP; keys and values repeated to all heads"
+    (tmp_path / "mine.csv").write_text("\n".join([HEADER, *(row + note for note in notes)]) + "\n")
+    ring, exchanged, repeated = (row.job for row in read_rows(tmp_path / "mine.csv") if row.job)
+    assert (ring.cp_sizes.ring, exchanged.cp_sizes.all_to_all) == (8, 8)
+    gpu = MACHINES["a100-80gb"]
+    assert step_time(gpu, exchanged).stages[0].whole.context > 0
+    assert step_time(gpu, repeated).seconds > step_time(gpu, exchanged).seconds
