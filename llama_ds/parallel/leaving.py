@@ -20,6 +20,7 @@ from deepspeed.comm import comm
 from llama_ds.errors import Corruption
 from llama_ds.job.departure import Departure
 from llama_ds.log import logger
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.temporary import dismantle, process_state
 from llama_ds.parallel.world import report_failure
 
@@ -73,6 +74,8 @@ def _drop(engine: Any, close: Callable[[], None]) -> list[weakref.ref[Any]]:
     """Take the attempt apart; return what must not exist any more once nobody refers to it."""
     close()
     deepspeed, module = engine.deepspeed, engine.deepspeed.module
+    if isinstance(deepspeed.optimizer, PipelineOptimizer):
+        deepspeed.optimizer.abandon()
     dropped = [weakref.ref(one) for one in (deepspeed, module, deepspeed.optimizer, *module.parameters())]
     dismantle(deepspeed)
     for owner in (deepspeed, engine.context.weight_gradients, engine):  # what observes gradients refers to them

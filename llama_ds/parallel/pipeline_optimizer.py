@@ -274,6 +274,12 @@ class PipelineOptimizer(BF16_Optimizer):
         self.settle()
         self._end_gathers()
 
+    def abandon(self) -> None:
+        """Forget all communication in flight. Its connections are broken: to wait for it would raise once more."""
+        self._advance, self._optimistic = lambda: None, None
+        for bucket in self._buckets:
+            bucket.abandon()
+
     def _end_gathers(self) -> None:
         for bucket in self._buckets:
             bucket.end_gather()
@@ -358,3 +364,6 @@ class _Bucket:
             self._gather()
             self._gather = None
             self._optimizer.trace.add("wait weights", begin)
+
+    def abandon(self) -> None:
+        self._reduction = self._gather = None
