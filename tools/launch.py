@@ -60,6 +60,7 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
 from llama_ds.log import console_is_gone
 
+LEAVE_S = 10.0  # time for ranks that are kept to leave a broken attempt
 WINDOW_H = 24.0  # hours of the sliding share of effective training time
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
@@ -115,8 +116,7 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument(
         "--leave-s",
         type=seconds,
-        default=10.0,
-        help="with --keep-ranks: time for them to leave the broken attempt (default: %(default)s)",
+        help=f"with --keep-ranks: time for them to leave the broken attempt (default: {LEAVE_S:g})",
     )
     watch.add_argument(
         "--max-restarts", type=whole(0), default=5, help="consecutive restarts without progress (default: %(default)s)"
@@ -196,6 +196,10 @@ def launch(args: argparse.Namespace) -> int:
         raise UserError(
             "--keep-ranks: keeps ranks that a restart would fork from warm processes; it needs --supervise and "
             "--launcher pdsh, without --no-warm-processes"
+        )
+    if args.leave_s is not None and not args.keep_ranks:
+        raise UserError(
+            f"--leave-s {args.leave_s:g}: bounds how long ranks that are kept take to leave; add --keep-ranks"
         )
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
@@ -296,7 +300,7 @@ def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, 
         beat_s=args.beat_s,
         orphan_s=args.orphan_s,
         warm=args.warm_processes,
-        leave_s=args.leave_s if args.keep_ranks else 0.0,
+        leave_s=(args.leave_s or LEAVE_S) if args.keep_ranks else 0.0,
     )
 
 

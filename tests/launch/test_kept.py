@@ -20,7 +20,7 @@ from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.job.wire import Kind, frames, from_json
 from llama_ds.launch.supervise import agent, kept
 from llama_ds.launch.supervise.events import Events
-from llama_ds.launch.supervise.kept import KeptRank, KeptRanks, healthy
+from llama_ds.launch.supervise.kept import KeptRank, KeptRanks, reasons_against
 from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.parallel import leaving
 from tools import launch
@@ -33,7 +33,7 @@ def member(rank: int, **about: object) -> Member:
 
 
 def test_a_rank_that_failed_ended_or_is_not_heard_is_not_kept() -> None:
-    """Its process may hold what made it fail."""
+    """Its process may hold what made it fail. The log says of each why it is started anew."""
     members = {
         0: member(0),
         1: member(1),  # named as the cause
@@ -41,9 +41,19 @@ def test_a_rank_that_failed_ended_or_is_not_heard_is_not_kept() -> None:
         3: member(3, left=True),
         4: member(4, failed=True),  # by itself
         5: member(5, failed=True, waits=True),  # its connection to another rank broke
+        6: member(6),  # DeepSpeed's launcher has started it
     }
-    assert [one.rank for one in healthy(members, [1])] == [0, 5]
-    assert healthy(members, []) == [], "a hang of which nobody knows the cause"
+    against = reasons_against(members, [1], lambda _, pid: pid != 6)
+    assert against == {
+        1: "the fault is its own",
+        2: "it has ended or is not heard",
+        3: "it has ended or is not heard",
+        4: "it has failed by itself",
+        6: kept.NOT_FORKED,
+    }
+    assert kept._in_words(against).startswith("rank 1: the fault is its own; ranks 2, 3: it has ended or is not heard;")
+    everyone = reasons_against(members, [], lambda *_: True)
+    assert everyone == dict.fromkeys(members, "the fault may be any rank's"), "a hang of which nobody knows the cause"
 
 
 @pytest.fixture
@@ -89,11 +99,13 @@ def test_a_kept_rank_keeps_its_host_and_number_there(
 
 
 def test_ranks_on_cuda_are_started_anew_and_the_log_says_so(tmp_path: Path) -> None:
-    ranks = [Member(0, "localhost", {"pid": 1, "can_leave": False})]
+    ranks = {0: Member(0, "localhost", {"pid": 1, "can_leave": False}), 1: member(1)}
     events = Events(tmp_path / "events.jsonl", print)
     server = Server("127.0.0.1")
     try:
-        assert kept.leave(Job(str(tmp_path), HOSTS, "pdsh", ("", 0), 1, 1), server, ranks, 60.0, events) is None
+        server.members = ranks
+        against = reasons_against(ranks, [1], lambda *_: True)
+        assert kept.leave(Job(str(tmp_path), HOSTS, "pdsh", ("", 0), 1, 1), server, against, 60.0, events) is None
     finally:
         server.close()
     (event,) = map(json.loads, events.path.read_text().splitlines())
@@ -150,3 +162,9 @@ def test_ranks_that_no_warm_process_has_forked_cannot_be_kept(
     words = ["ds_configs/quickstart.yaml", "--hostfile", "hostfiles/local", "--keep-ranks", *options]
     assert launch.main(words) == 2
     assert "--keep-ranks: keeps ranks that a restart would fork from warm processes" in capsys.readouterr().err
+
+
+def test_a_bound_for_leaving_without_ranks_that_leave_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be ignored, and the user would believe that ranks are kept."""
+    assert launch.main(["ds_configs/quickstart.yaml", "--hostfile", "hostfiles/local", "--leave-s", "30"]) == 2
+    assert capsys.readouterr().err.startswith("error: --leave-s 30: ")

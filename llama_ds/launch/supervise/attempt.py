@@ -16,7 +16,7 @@ from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.deepspeed_ranks import DeepSpeedRanks, StartedRanks
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
-from llama_ds.launch.supervise.kept import KeptRanks, healthy, leave
+from llama_ds.launch.supervise.kept import KeptRanks, leave, reasons_against
 from llama_ds.launch.supervise.logs import LOG_LINES, Tail, first_error, last_error, last_lines
 from llama_ds.launch.supervise.progress_log import ProgressLog
 from llama_ds.launch.supervise.server import Member, Server
@@ -359,9 +359,9 @@ class Attempt:
 
     def leave(self, outcome: Outcome, leave_s: float) -> KeptRanks | None:
         """Let ranks without a fault leave this attempt within `leave_s`; return those that have. Then call `end`."""
-        ranks = healthy(self.server.members, outcome.ranks)
-        ranks = [one for one in ranks if self._standbys and self._standbys.has_forked(one.host, int(one.about["pid"]))]
-        return leave(self.job, self.server, ranks, leave_s, self.events, self._ssh_port)
+        forked = self._standbys.has_forked if self._standbys else lambda *_: False
+        against = reasons_against(self.server.members, outcome.ranks, forked)
+        return leave(self.job, self.server, against, leave_s, self.events, self._ssh_port)
 
     def end(self, kept: KeptRanks | None = None) -> list[str]:
         """Kill every process of this attempt on every host, but those of `kept`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.server import Member, Server
 
 TICK_S = 0.02
+MAX_NAMED = 8  # ranks that the log names for one reason
+NOT_FORKED = "the warm process of its host has not forked it"
 SEND_S = 5.0  # time for a rank that has left to take the next attempt
 
 
@@ -92,32 +94,46 @@ class KeptRanks:
             processes.kill(list({one.host for one in ranks}), self._folder, self._ssh_port, spare)
 
 
-def healthy(members: Mapping[int, Member], named: Iterable[int]) -> list[Member]:
-    """Return the ranks that may be kept: not `named` as the cause, heard, and without a failure of their own.
+def reasons_against(
+    members: Mapping[int, Member], named: Iterable[int], forked: Callable[[str, int], bool]
+) -> dict[int, str]:
+    """Return the ranks that cannot be kept, and why. `named` are the cause of the failure.
 
-    None if nobody is named: it may be any of them.
+    `forked` takes a host and a process id; it returns whether the host's present warm process has forked that process.
     """
     apart = set(named)
-    return [
-        member
-        for rank, member in sorted(members.items())
-        if apart and rank not in apart and member.connected and not member.left and (not member.failed or member.waits)
-    ]
+
+    def reason(member: Member) -> str:
+        if not apart:
+            return "the fault may be any rank's"
+        if member.rank in apart:
+            return "the fault is its own"
+        if member.left or not member.connected:
+            return "it has ended or is not heard"
+        if member.failed and not member.waits:
+            return "it has failed by itself"
+        if member.about.get("can_leave") is not True:
+            return "no rank on CUDA is kept (--keep-ranks): its device's state cannot be given up yet"
+        return "" if forked(member.host, int(member.about["pid"])) else NOT_FORKED
+
+    return {rank: text for rank, member in sorted(members.items()) if (text := reason(member))}
 
 
 def leave(
-    job: Job, server: Server, candidates: Sequence[Member], leave_s: float, events: Events, ssh_port: int | None = None
+    job: Job, server: Server, against: Mapping[int, str], leave_s: float, events: Events, ssh_port: int | None = None
 ) -> KeptRanks | None:
-    """Ask ranks to leave their attempt, and wait up to `leave_s` seconds; return those that have."""
+    """Ask ranks to leave their attempt, and wait up to `leave_s` seconds; return those that have.
+
+    `against` are the ranks that are not asked, and why.
+    """
     begin = time.monotonic()
-    waiting = {member.rank: member for member in candidates if member.about.get("can_leave") is True}
-    if len(waiting) < len(candidates):
-        events.add("not kept", "no rank on CUDA is kept (--keep-ranks): their devices' state cannot be given up yet")
+    waiting = {rank: member for rank, member in server.members.items() if rank not in against}
     if not waiting:
+        events.add("not kept", f"no rank is kept: {_in_words(against)}", problems=dict(against))
         return None
     server.ask("leave", list(waiting))
     local_ranks = {rank: key[1] for key, rank in _numbers_of(job).items()}
-    left, why = list[KeptRank](), dict[int, str]()
+    left, why = list[KeptRank](), dict(against)
     while waiting and time.monotonic() < begin + leave_s:
         server.poll()
         reports, server.reports = server.reports, []
@@ -135,10 +151,22 @@ def leave(
         time.sleep(TICK_S)
     why |= dict.fromkeys(waiting, f"it has not left within {leave_s:g} s")
     text = f"{len(left)} of {job.world} ranks have left the attempt and take part in the next one"
-    text += "".join(f"; rank {rank}: {problem}" for rank, problem in sorted(why.items()))
+    text += f"; {_in_words(why)}" if why else ""
     seconds = round(time.monotonic() - begin, 3)
     events.add("left", text, ranks=sorted(one.rank for one in left), problems=why, seconds=seconds)
     return KeptRanks(job.folder, left, ssh_port)
+
+
+def _in_words(problems: Mapping[int, str]) -> str:
+    ranks = dict[str, list[int]]()
+    for rank, problem in sorted(problems.items()):
+        ranks.setdefault(problem, []).append(rank)
+    return "; ".join(
+        f"rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those[:MAX_NAMED]))}"
+        + (f" and {len(those) - MAX_NAMED} more" if len(those) > MAX_NAMED else "")
+        + f": {problem}"
+        for problem, those in ranks.items()
+    )
 
 
 def _numbers_of(job: Job) -> dict[tuple[str, int], int]:
