@@ -8,7 +8,6 @@ two tensors has norm d, their projections differ by about d: they bound it where
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from llama_ds.parallel.replicas import checksum
 
 SIZE, EXACT = 6, 2  # integers of a fingerprint, and those of its sums over bits
 TOLERANCE = 0.02  # relative to the norm; bf16 results that only round differently stay below 2^-8 = 0.004
-_PROJECTIONS, _COLUMNS = 3, 1024
+_PROJECTIONS, _COLUMNS, _KEPT = 3, 1024, 64
+_kept_signs: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 @torch.no_grad()
@@ -61,7 +61,12 @@ def agree(first: np.ndarray, second: np.ndarray, exact: bool) -> np.ndarray:
 
 def _signs(count: int, seed: int, device: torch.device) -> Tensor:
     """Return (count, 3) random signs, which are the same on every rank; those that take little memory are kept."""
-    return (_kept_signs if count <= _COLUMNS else _new_signs)(count, seed, device)
+    signs = _kept_signs.get((count, seed, device))
+    if signs is None:
+        signs = _new_signs(count, seed, device)
+        if count <= _COLUMNS and len(_kept_signs) < _KEPT and type(signs) is Tensor:  # no fake one of a dry run
+            _kept_signs[count, seed, device] = signs
+    return signs
 
 
 def _new_signs(count: int, seed: int, device: torch.device) -> Tensor:
@@ -71,6 +76,3 @@ def _new_signs(count: int, seed: int, device: torch.device) -> Tensor:
         numbers = numbers ^ (numbers >> 29)
     signs = (numbers & 1) * 2 - 1
     return signs.view(_PROJECTIONS, count).t().to(torch.float64 if seed == 2 else torch.float32)
-
-
-_kept_signs = lru_cache(64)(_new_signs)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama_ds.parallel.fingerprints import agree, combined, fingerprint
 
 
 def prints(*tensors: torch.Tensor) -> np.ndarray:
     return torch.stack([fingerprint(tensor) for tensor in tensors]).numpy()
+
+
+def test_a_dry_run_leaves_no_fake_signs_behind() -> None:
+    """A fake tensor among the kept signs would fail, or pass anything, in real steps of the same process."""
+    with FakeTensorMode():
+        fingerprint(torch.empty(777 * 1024))
+    assert type(fingerprint(torch.ones(777 * 1024))) is torch.Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
