@@ -31,6 +31,21 @@ def heartbeats(locks: list[str]) -> dict[str, int]:
     return found
 
 
+def is_kept(folder: str) -> bool:
+    """Return whether a keeper watches the folder."""
+    try:
+        held = os.open(os.path.join(folder, HELD), os.O_RDWR)
+    except OSError:  # none has ever
+        return False
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(held)
+    return False
+
+
 def main() -> None:
     """Keep the folder until its job has ended, then delete it."""
     folder, lease_s, locks = sys.argv[1], float(sys.argv[2]), sys.argv[3:]

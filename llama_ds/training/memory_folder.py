@@ -57,6 +57,8 @@ class MemoryFolder:
                 f"{self._host} ({error.strerror}); name a file system in memory that you may write to"
             ) from None
         self.check_owner()
+        if memory_keeper.is_kept(str(self.path)):  # by that of an earlier attempt; to start Python takes 0.1 s or more
+            return
         locks = [os.path.join(os.path.abspath(self._run.run_dir), name) for name in (RANKS, LAUNCHER)]
         subprocess.run(  # it forks, so that it is no child of this rank, whose children launchers kill
             [sys.executable, "-I", memory_keeper.__file__, str(self.path), str(LEASE_S), *locks],

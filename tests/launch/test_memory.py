@@ -150,6 +150,7 @@ def test_memory_is_freed_when_nobody_holds_the_run(tmp_path: Path) -> None:
     lock.touch()
     filled(folder / "rank_00000.a", 3)
     command = [sys.executable, "-I", memory_keeper.__file__, str(folder), "3", str(lock.parent)]
+    assert not memory_keeper.is_kept(str(folder))
     for _ in range(2):
         assert subprocess.run(command, timeout=60).returncode == 0
     until = time.monotonic() + 6
@@ -160,6 +161,7 @@ def test_memory_is_freed_when_nobody_holds_the_run(tmp_path: Path) -> None:
         p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or ())
     ]  # one is enough
     assert keeper not in psutil.Process().children(recursive=True), "launchers kill the children of ranks"
+    assert memory_keeper.is_kept(str(folder)), "a restart does not wait for another"
     lock.unlink()
     psutil.wait_procs([keeper], timeout=60)
     assert not folder.parent.exists()
