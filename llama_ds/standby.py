@@ -42,8 +42,11 @@ from llama_ds.job.shown_process import ROOM, replace_process, restart_with_room
 
 # What a rank imports until its first step, besides DeepSpeed.
 IMPORTS = (
-    *("torch._dynamo", "numpy.random", "llama_ds.training.loop", "llama_ds.training.run_in_use"),
-    *("llama_ds.checkpoint.model_shape", "llama_ds.launch.hostfile", "llama_ds.training.self_test.check"),
+    *("torch._dynamo", "torch.profiler._cupti_monitor", "numpy.random", "numpy.ma", "encodings.idna"),
+    *("deepspeed.comm.mori", "deepspeed.runtime.zero.muon.muon_optimizer", "multiprocessing.synchronize"),
+    *("llama_ds.training.loop", "llama_ds.training.run_in_use", "llama_ds.training.self_test.check"),
+    *("llama_ds.checkpoint.model_shape", "llama_ds.launch.hostfile"),
+    *("llama_ds.command_line", "llama_ds.job.launcher_watch"),
 )
 # torch then counts devices by NVML: the CUDA driver cannot be used in a process that is forked from one that used it.
 BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
@@ -59,7 +62,9 @@ def main() -> None:
     gc.disable()  # modules leave no garbage
     importlib.import_module("llama_ds.parallel.preload").preload()
     for name in IMPORTS:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):  # some are modules of one version of torch or DeepSpeed
+            importlib.import_module(name)
+    importlib.import_module("llama_ds.training.machines").packages()
     gc.enable()
     gc.freeze()  # a collection would write to memory that ranks share
     problem = probe()
@@ -131,9 +136,7 @@ def serve(answers: int, environment: Mapping[str, str], silence_s: float) -> Non
             for line in lines:
                 request = json.loads(line)
                 if request["do"] == "start":
-                    started = {
-                        int(own["RANK"]): start(request, own, environment, own_files) for own in request["ranks"]
-                    }
+                    started = start_all(request, environment, own_files)
                     ranks |= set(started.values())
                     say(answers, what="started", ranks=started)
 
@@ -143,15 +146,25 @@ def say(answers: int, **values: Any) -> None:
     os.write(answers, json.dumps(values).encode() + b"\n")
 
 
+def start_all(request: Mapping[str, Any], environment: Mapping[str, str], files: Sequence[int]) -> dict[int, int]:
+    """Fork the ranks of a request; return their process ids once /proc shows their environments, for who kills them."""
+    started, shown = dict[int, int](), list[int]()
+    for own in request["ranks"]:
+        seen, tell = os.pipe()
+        started[int(own["RANK"])] = start(request, own, environment, (*files, *shown, seen, tell))
+        os.close(tell)
+        shown.append(seen)
+    for seen in shown:
+        os.read(seen, 1)  # it ends once the rank has closed its other end
+        os.close(seen)
+    return started
+
+
 def start(
     request: Mapping[str, Any], own: Mapping[str, str], environment: Mapping[str, str], files: Sequence[int]
 ) -> int:
-    """Fork a rank, which closes `files`; return its process id once /proc shows its environment, for who kills it."""
-    seen, tell = os.pipe()
+    """Fork a rank and return its process id. The rank closes `files` once /proc shows its environment."""
     if pid := os.fork():
-        os.close(tell)
-        os.read(seen, 1)
-        os.close(seen)
         return pid
     try:
         os.setsid()
@@ -159,7 +172,7 @@ def start(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         shown = [sys.executable, "-u", *request["argv"]]
         replace_process(shown, {**environment, **request["environment"], **own})
-        _connect(request["log"], (*files, seen, tell))
+        _connect(request["log"], files)
         os.chdir(request["folder"])
     except BaseException as error:
         os.write(2, f"error: rank {own['RANK']}: cannot be started from a warm process ({error})\n".encode())
