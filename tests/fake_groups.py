@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from llama_ds.parallel import gathering
 from llama_ds.parallel.backend import backend
 from tests.fake_cuda import Event, FakeCuda
 
@@ -120,10 +121,12 @@ def fake_ranks(cuda: FakeCuda, size: int, rank: int = 0) -> Iterator[None]:
         with ExitStack() as stack:
             for name, value in (
                 ("get_backend", lambda group=None: chosen),
-                ("all_gather_object", lambda every, own, group=None: _fill(every, own)),
                 ("gather_object", lambda own, every=None, *_: _fill(every, own)),
             ):
                 stack.enter_context(mock.patch.object(dist, name, value))
+            stack.enter_context(
+                mock.patch.object(gathering, "gather_bytes", lambda own, width, _: [own.ljust(width)] * size)
+            )
             yield
     finally:
         dist.destroy_process_group()

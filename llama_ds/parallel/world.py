@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,7 @@ from llama_ds.parallel.first_rank import (
     in_slurm_step,
     interface,
 )
+from llama_ds.parallel.gathering import gather_objects
 from llama_ds.parallel.joining import open_store
 from llama_ds.shipped import as_typed
 
@@ -190,17 +191,28 @@ def together(step: Callable[[], T]) -> T:
 
     Collective. Otherwise the ranks that succeed would wait for the failed ones until the timeout.
     """
-    error: UserError | None = None
-    result: T | None = None
-    try:
-        result = step()
-    except UserError as mistake:
-        error = mistake
-    first = next((message for message in gather(str(error) if error else None) if message), None)
-    error = UserError(first) if first else None
-    if error:
-        raise error
+    result, error = _tried(step)
+    _raise_first(gather(error))
     return result  # type: ignore[return-value]
+
+
+def gather_results(step: Callable[[], T]) -> list[T]:
+    """Return the results of `step`, which must be picklable, on all ranks; a user error is raised as by `together`."""
+    results, errors = zip(*gather(_tried(step)), strict=True)
+    _raise_first(errors)
+    return list(results)
+
+
+def _tried(step: Callable[[], T]) -> tuple[T | None, str]:
+    try:
+        return step(), ""
+    except UserError as mistake:
+        return None, str(mistake)
+
+
+def _raise_first(errors: Iterable[str]) -> None:
+    if first := next(filter(None, errors), ""):
+        raise UserError(first)
 
 
 def gather_numbers(values: list[int], where: torch.device) -> np.ndarray:
@@ -215,11 +227,8 @@ def gather_numbers(values: list[int], where: torch.device) -> np.ndarray:
 
 def gather(value: T) -> list[T]:
     """Return the values of all ranks, which must be picklable. Collective; for infrequent use."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    every: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    return [value] if alone else gather_objects(value, device())
 
 
 def gather_at_first(value: T) -> list[T]:

@@ -87,9 +87,10 @@ def main() -> None:
     world.join(world.find_rank_info())
     total = torch.tensor([float(1 << rank)])
     dist.all_reduce(total)
+    objects = world.gather({"rank": 3 - rank, "text": "x" * 200 * rank})  # some are too long for one collective
     time.sleep(2 * BLOCKED_S)  # nothing shuts the new connections down
     dist.barrier()
-    about = {"follows": follows, "before": before, "gone": gone, "same": pid == os.getpid()}
+    about = {"follows": follows, "before": before, "gone": gone, "objects": objects, "same": pid == os.getpid()}
     print(json.dumps({"rank": rank, "now": dist.get_rank(), "sum": float(total), **about}), flush=True)
     dist.destroy_process_group()
 

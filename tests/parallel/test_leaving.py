@@ -28,6 +28,7 @@ def test_ranks_leave_collectives_messages_barriers_and_the_store_and_join_anothe
     assert [about["rank"] for about in found] == [0, 1, 2, 3], done.stderr
     for about in found:
         assert about["follows"] is True and about["before"] > 0 and about["gone"], about
+        assert about["objects"] == [{"rank": rank, "text": "x" * 200 * (3 - rank)} for rank in range(4)]
         assert about["same"] and about["now"] == 3 - about["rank"] and about["sum"] == 15.0, about
 
 
