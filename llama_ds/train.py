@@ -152,8 +152,12 @@ def train_until_asked(
 
     gc.enable()
     heartbeat.progress.enter(Phase.LOADING)
-    world.together(lambda: check_time_left(run.checkpoint))
-    world.together(lambda: check_packages(run.path, run.logging.boards if rank_info.rank == 0 else ()))
+
+    def check() -> None:
+        check_time_left(run.checkpoint)
+        check_packages(run.path, run.logging.boards if rank_info.rank == 0 else ())
+
+    world.together(check)
     try:
         with locked(run.run_dir, rank_info) as check_lock:
             ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS, check_lock)

@@ -25,7 +25,7 @@ from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
 from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
-from llama_ds.training.machines import machine_of
+from llama_ds.training.machines import begin_machine_of
 from llama_ds.training.memory_checkpoints import MemoryCheckpoints
 from llama_ds.training.meter import Meter
 from llama_ds.training.out_of_memory import MemoryExplainer
@@ -102,6 +102,7 @@ def train_stage(
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
     hosts = world.gather(progress.host)
+    machine = begin_machine_of(layout, device, hosts, run.run_dir) if rank_info.rank == 0 else None
     asked, run = run, with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     in_memory = MemoryCheckpoints(asked, checkpoints, hosts, device)
@@ -113,10 +114,14 @@ def train_stage(
     world.together(lambda: check_matrices(run, layout, ELEMENT_BYTES[dtype], world.device_size(device)))
     checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
-    marks = data.sources.tokenizer.marks
-    start = world.together(lambda: None if chosen and chosen[0] else open_start(run, data.sources.tokenizer))
-    tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
-    samples = world.together(lambda: TrainingSamples(run, layout, data.sources.tokenizer))
+    tokenizer, marks = data.sources.tokenizer, data.sources.tokenizer.marks
+    start, tasks, samples = world.together(
+        lambda: (
+            None if chosen and chosen[0] else open_start(run, tokenizer),
+            TaskEvaluation(run, layout, tokenizer),
+            TrainingSamples(run, layout, tokenizer),
+        )
+    )
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
@@ -133,13 +138,7 @@ def train_stage(
     last = min(final, stage_steps(run, first).stop)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: Validation(run, layout, data.sources, engine))
-    log = world.together(
-        lambda: (
-            open_run_log(run, first, config, machine_of(layout, device, hosts, run.run_dir))
-            if rank_info.rank == 0
-            else None
-        )
-    )
+    log = world.together(lambda: open_run_log(run, first, config, machine.result()) if machine else None)
     if log:
         requests.before_end(log.close_boards)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from email.parser import HeaderParser
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,15 @@ def machine_of(layout: Layout, device: torch.device, hosts: Sequence[str], run_d
     }
 
 
+def begin_machine_of(*arguments: Any) -> Future[dict[str, Any]]:
+    """Begin `machine_of` in a thread: other ranks would wait for git, and for the files of packages."""
+    threads = ThreadPoolExecutor(1, "machine")
+    found = threads.submit(machine_of, *arguments)
+    threads.shutdown(wait=False)
+    return found
+
+
+@cache  # a warm process calls it, too; its ranks have the packages that it has imported
 def packages() -> dict[str, str]:
     """Return the versions of all installed distributions by name, in alphabetical order."""
     read = HeaderParser().parsestr  # `one.name` and `one.version` would parse each package's README as well

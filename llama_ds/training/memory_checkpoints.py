@@ -100,10 +100,15 @@ class MemoryCheckpoints:
         """
         if not self._every or not self._identity or self.run.checkpoint.resume == "never":
             return None
-        world.together(self._folder.check_owner)
-        with_header = {(rank, slot.step): slot for rank, slot in self._usable()}
-        self._server.offer(with_header)
-        copies = {copy for one in world.gather(self._listed(with_header)) for copy in one}
+        with_header: dict[tuple[int, int], MemorySlot] = {}
+
+        def listed() -> list[_Copy]:
+            self._folder.check_owner()
+            with_header.update({(rank, slot.step): slot for rank, slot in self._usable()})
+            self._server.offer(with_header)
+            return self._listed(with_header)
+
+        copies = {copy for one in world.gather_results(listed) for copy in one}
         steps = sorted({copy.step for copy in copies if copy.step > disk_step}, reverse=True)
         for step in steps:
             while chosen := self._chosen(copies, step):
@@ -147,12 +152,15 @@ class MemoryCheckpoints:
         """
         if not self._every:
             return
-        world.together(lambda: self._mark() if self._rank == 0 else None)
-        self._identity = self._identity_with(world.gather(self._id_path.read_text() if self._rank == 0 else "")[0])
-        sizes = world.gather(memory_state.payload_bytes(engine, states_of(self.run.optimizer)))
-        taken = {rank: len(STATES) * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
         kept = [rank for rank, peer in enumerate(self._peers or ()) if peer == self._rank]
-        every = world.gather([self._rank, *kept])
+
+        def about() -> tuple[str, int, list[int]]:
+            run_id = self._marked() if self._rank == 0 else ""
+            return run_id, memory_state.payload_bytes(engine, states_of(self.run.optimizer)), [self._rank, *kept]
+
+        run_ids, sizes, every = zip(*world.gather_results(about), strict=True)
+        self._identity = self._identity_with(run_ids[0])
+        taken = {rank: len(STATES) * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
         here = {rank for other in self._local for rank in every[other]}
 
         needed = sum(taken[rank] for rank in here)
@@ -350,8 +358,8 @@ class MemoryCheckpoints:
         found = description_from(header["description"], ConfigSource(str(self._restored.path)))
         return replace(found, optimizer_steps=memory_state.step_count(self._restored))
 
-    def _mark(self) -> None:
-        """Write a new id unless this start goes on from memory: later states there, of lost hosts, lead elsewhere."""
+    def _marked(self) -> str:
+        """Return the id: a new one unless this start goes on from memory. Later states of lost hosts lead elsewhere."""
         if not self.found:
             try:
                 write_durably(str(self._id_path), secrets.token_hex(16))
@@ -359,3 +367,4 @@ class MemoryCheckpoints:
                 raise UserError(
                     f"{self._id_path}: cannot be written ({error.strerror}); make the run's folder writable"
                 ) from None
+        return self._id_path.read_text()
