@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,9 +80,10 @@ def examine(
     """Check all hosts and return a report of their problems."""
     print_line = progress or (lambda text: None)
     findings: list[HostFinding] = []
-    with shared_file(settings.output_dir) as nonce:
+    with shared_file(settings.output_dir) as nonce, ThreadPoolExecutor(1) as beside:
+        own_packages = beside.submit(probe.packages)
         ends, answers = _ask(hosts, settings, list(nonce), print_line)
-        own = LaunchingMachine(platform.python_version(), probe.packages(), probe.code_digest(str(ROOT)), nonce)
+        own = LaunchingMachine(platform.python_version(), own_packages.result(), probe.code_digest(str(ROOT)), nonce)
     values: dict[str, dict[str, Any]] = {}
     for host, reply in answers.items():
         value = answer.read(reply.out, "preflight", answer.ANSWER)

@@ -6,6 +6,7 @@ It must run under old Python versions, so that a host with the wrong Python can 
 from __future__ import annotations
 
 import contextlib
+import email.parser
 import hashlib
 import importlib.metadata
 import json
@@ -48,10 +49,12 @@ def code_digest(root: str) -> str:
 def packages() -> dict[str, str]:
     """Return the installed distributions and their versions, without those that setuptools brings along."""
     found = {}
+    read = email.parser.HeaderParser().parsestr  # `distribution.metadata` would parse each package's README as well
     for distribution in importlib.metadata.distributions(path=[path for path in sys.path if "_vendor" not in path]):
-        name = distribution.metadata["Name"]  # None after an interrupted installation
+        about = read(distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "")
+        name = about["Name"]  # None after an interrupted installation
         if name:
-            found[name.lower().replace("_", "-")] = distribution.version or "without a version"
+            found[name.lower().replace("_", "-")] = about["Version"] or "without a version"
     return found
 
 
