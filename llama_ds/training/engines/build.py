@@ -17,6 +17,7 @@ from llama_ds.job.devices import BACKEND
 from llama_ds.layout.layout import Layout
 from llama_ds.parallel.backend import backend
 from llama_ds.parallel.deepspeed_check import check_device, check_values, refusals
+from llama_ds.parallel.initial_weights import broadcast_in_buckets
 from llama_ds.parallel.lean_imports import leave_out_compiler
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.engines.layer_parts import layer_parts
@@ -60,7 +61,7 @@ def build_engine(
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     parts = layer_parts(run, layout, dtype, device, marks)
     # DeepSpeed prints its topology and seeds to stdout, which is reserved for the run's own lines.
-    with redirect_stdout(io.StringIO()), refusals(run.deepspeed_path):
+    with redirect_stdout(io.StringIO()), refusals(run.deepspeed_path), broadcast_in_buckets():
         if layout.pp == 1:
             return build_single_stage(run, layout, config, parts, device, trains)
         if run.parallel.schedule == STOCK_ENGINE:
