@@ -53,6 +53,7 @@ class Progress:
         self.step = 0  # completed steps
         self.doing: Callable[[], tuple[str, bool]] = lambda: ("", False)  # description; whether it waits for others
         self.queue: deque[dict[str, Any]] = deque()  # reports to send with the next heartbeat
+        self.send: Callable[[], None] = lambda: None  # sends them at once
         self.host = socket.gethostname()  # replaced by the name in the hostfile, if there is one
         self.is_reporter = False  # one rank reports for the whole job
         self._since = time.monotonic()
@@ -64,6 +65,7 @@ class Progress:
             done = self.step if step is None else step
             self.tell(what="phase", phase=int(self.phase), seconds=now - self._since, to=int(phase), step=done)
             self.phase, self._since = phase, now
+            self.send()  # the supervisor times the phases of a restart
         if step is not None:
             self.step = step
 
@@ -104,6 +106,7 @@ class HeartbeatConnection:
         self._departure = Departure(self, job.orphan_s if job.keeps_ranks and can_leave else 0.0)
         if requests:
             requests.departure = self._departure
+        progress.send = self._flush
         self._stacks = open(job.stacks(rank), "w")  # noqa: SIM115 (the fault handler keeps it open)
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
         deadline = time.monotonic() + REACH_S
@@ -194,7 +197,7 @@ class HeartbeatConnection:
 
     def _flush(self) -> None:
         with suppress(IndexError):  # the other thread took the last report
-            while self.progress.queue:
+            while self._socket and self.progress.queue:
                 self._send(Kind.TELL, as_json(self.progress.queue.popleft()))
 
     def _check_orphaned(self, now: float) -> None:

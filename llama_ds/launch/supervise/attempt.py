@@ -24,7 +24,7 @@ from llama_ds.launch.supervise.spikes import Spike, SpikeRule
 from llama_ds.launch.supervise.standbys import Standbys
 
 TICK_S = 0.5  # polling interval
-JOIN_TICK_S = 0.05  # the same while ranks connect, which takes two of them
+JOIN_TICK_S = 0.05  # the same until they train: to connect takes two of them, and the log times what follows
 SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later, and logs are completed
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
 WAITING_S = 30.0  # interval between the lines that name ranks which have not connected
@@ -141,7 +141,7 @@ class Attempt:
     def _watch(self, launcher: StartedRanks) -> Outcome:
         ended_at: float | None = None
         while True:
-            time.sleep(TICK_S if self._joined else JOIN_TICK_S)
+            time.sleep(TICK_S if self.has_trained else JOIN_TICK_S)
             self.server.poll()
             self._relay()
             self._note_joined()

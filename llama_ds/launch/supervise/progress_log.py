@@ -19,8 +19,8 @@ INTERVAL_S = 60.0  # bounds the size of the log: 1,440 lines a day
 class ProgressLog:
     """Writes `progress` events: completed steps, and the seconds of other phases since the event before.
 
-    The first one of an attempt has the step at which training begins, the second one follows the first step. Their
-    times are late by one heartbeat at most.
+    The first one of an attempt has the step at which training begins, the second one follows the first step. The time
+    of the second one is late by one heartbeat at most.
     """
 
     def __init__(self, events: Events) -> None:
