@@ -37,10 +37,11 @@ def _broadcast(engine: Any) -> None:
     available = ZeroParamStatus.AVAILABLE  # ZeRO-3 has broadcast each weight before it partitioned it
     weights = [p.data for p in engine.module.parameters() if getattr(p, "ds_status", available) is available]
     for bucket in _buckets([weight.view(-1).view(torch.uint8) for weight in weights]):
-        flat = torch.cat(bucket)
+        flat = torch.cat(bucket) if len(bucket) > 1 else bucket[0]  # a large weight is not copied
         dist.broadcast(flat, groups._get_broadcast_src_rank(), group=engine.seq_data_parallel_group)
         for weight, sent in zip(bucket, flat.split([len(one) for one in bucket]), strict=True):
-            weight.copy_(sent)
+            if len(bucket) > 1:
+                weight.copy_(sent)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
