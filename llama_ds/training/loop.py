@@ -102,7 +102,6 @@ def train_stage(
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
     hosts = world.gather(progress.host)
-    machine = begin_machine_of(layout, device, hosts, run.run_dir) if rank_info.rank == 0 else None
     asked, run = run, with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     in_memory = MemoryCheckpoints(asked, checkpoints, hosts, device)
@@ -125,6 +124,7 @@ def train_stage(
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
+    machine = begin_machine_of(layout, device, hosts, run.run_dir) if rank_info.rank == 0 else None
     memory = MemoryExplainer(run, layout, dtype, rank_info.rank, device)
     with memory.explained():  # outside of `together`, because a rank without memory does not meet the others again
         engine = world.together(lambda: build_engine(run, layout, config, device, marks))
