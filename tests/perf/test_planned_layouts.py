@@ -21,7 +21,7 @@ from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = 8
-ROWS = 32  # of a step, at most: more micro-batches only take longer to simulate
+ROWS = 32  # the most of a step: more micro-batches only take longer to simulate
 MASKED = "llama3_8b"  # the shipped run file with document masks
 PLANS = [(MASKED, GPUS, "a100-40gb"), ("llama_7b", GPUS, "a100-40gb"), ("quickstart", 2, "a100-80gb")]
 KINDS = [
