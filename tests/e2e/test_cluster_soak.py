@@ -173,7 +173,10 @@ def disturb(kind: str, site: Site) -> dict[str, Any]:
     if not injected.lasts_s:
         injected.repair()
     stays = injected.hosts and injected.hosts[0] in job.named("attempt started")[-1]["hosts"]
-    if kind.startswith("state") and stays:  # the rank that sends it says that it is refused, or the first at a restart
+    damaged = injected.about.get("damaged", [])
+    on_disk = bool(damaged) and job.resumed_at(now) % GUARDED["checkpoint.interval"] == 0
+    on_disk = on_disk and job.resumed_at(now) >= max(damaged)  # then nobody reads the memory
+    if kind.startswith("state") and stays and not on_disk:  # its sender refuses it, or the first rank at a restart
         refused = f"MEMORY CHECKPOINT: the state of rank {injected.ranks[0]} "
         log = job.folder / f"attempt_{now:02d}" / "logs" / f"rank_{0 if now > attempts else injected.ranks[0]:05d}.log"
         lines = job.wait_for(lambda: [line for line in log.read_text().splitlines() if refused in line])
