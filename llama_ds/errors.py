@@ -66,6 +66,12 @@ def shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def first_of(values: Sequence[object], most: int) -> str:
+    """Return the first `most` values, and how many others there are: "1, 2 and 5 more"."""
+    shown = ", ".join(map(str, values[:most]))
+    return f"{shown} and {len(values) - most} more" if len(values) > most else shown
+
+
 def listed(choices: Iterable[object]) -> str:
     """Return the choices as an English list: "1, 2 or 4"."""
     words = [str(choice) for choice in choices]

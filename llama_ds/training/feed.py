@@ -27,7 +27,7 @@ from llama_ds.data.mixture import STATE, save_state
 from llama_ds.data.order import BadShard
 from llama_ds.data.read_ahead import ReadAhead
 from llama_ds.data.stream import Dataset, Reader
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, first_of
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -37,6 +37,7 @@ from llama_ds.training.device_batches import MicroBatch, on_device, row_share
 from llama_ds.training.engines.interface import Engine
 
 INTACT, DAMAGED, FAILED = range(3)  # status of the shards that a rank needs next
+MOST_NAMED = 16  # ranks of a group that a message names
 
 
 class Feed:
@@ -208,15 +209,11 @@ class Feed:
 def _check_same(what: str, values: np.ndarray, ranks: np.ndarray, step: int) -> None:
     if len(kinds := np.unique(values)) > 1:
         groups = sorted((ranks[values == kind] for kind in kinds), key=lambda group: (-len(group), group[0]))
+        shown = " | ".join(first_of(group.tolist(), MOST_NAMED) for group in groups)
         raise UserError(
-            f"step {step}: ranks {' | '.join(map(_listed, groups))} {what}; further training would mix different rows: "
-            "compare the sources' folders and the code on the hosts of these ranks, then resume"
+            f"step {step}: ranks {shown} {what}; further training would mix different rows: compare the sources' "
+            "folders and the code on the hosts of these ranks, then resume"
         )
-
-
-def _listed(ranks: np.ndarray, limit: int = 16) -> str:
-    shown = ", ".join(map(str, ranks[:limit].tolist()))
-    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
 
 
 def _shard(bad: BadShard) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from llama_ds.data.source.manifest import BuildInput, Manifest
 from llama_ds.data.text.decompress import without_compression
 from llama_ds.data.text.formats import companions
 from llama_ds.data.text.input_storage import input_size, open_input, remote_version, stamp, unreadable
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, first_of
 from llama_ds.log import logger
 
 BLOCK = 1 << 20  # bytes per read
@@ -160,7 +160,12 @@ def missing_files(
         names = {file.path for file in left}
         logger.info(
             "%s: already holds %d of the %d input files, which are not added again: %s",
-            *(folder, len(files) - len(left), len(files), _named([f.path for f in files if f.path not in names])),
+            *(
+                folder,
+                len(files) - len(left),
+                len(files),
+                first_of([f.path for f in files if f.path not in names], NAMED),
+            ),
         )
     return left
 
@@ -219,7 +224,7 @@ def _warn_of_other_settings(
         if kept and (differ := _other_settings(entry, settings)):
             logger.warning(
                 "%s: files that it already holds stay as they were built, with other flags (%s): %s",
-                *(folder, differ, _named(kept)),
+                *(folder, differ, first_of(kept, NAMED)),
             )
 
 
@@ -232,7 +237,8 @@ def _other_input(folder: str, files: Sequence[InputFile], left: Sequence[InputFi
     if not _is_recorded(manifest):
         what = "and an older version, which recorded no input, built it"
     elif left:
-        what = f"and does not hold {len(left)} of these {len(files)} input files: {_named([f.path for f in left])}"
+        shown = first_of([f.path for f in left], NAMED)
+        what = f"and does not hold {len(left)} of these {len(files)} input files: {shown}"
     else:
         what = f"whose {sum(entry.files for entry in manifest.inputs)} input files are not exactly these"
     return (
@@ -268,10 +274,5 @@ def _check_not_grown(folder: str, files: Sequence[InputFile], listed: Sequence[L
     if changed := [file.path for file in files if held[file.path]]:
         logger.warning(
             "%s: files that changed since they were added are added as a whole, with documents that it may hold: %s",
-            *(folder, _named(changed)),
+            *(folder, first_of(changed, NAMED)),
         )
-
-
-def _named(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-    return ", ".join(paths[:NAMED]) + more

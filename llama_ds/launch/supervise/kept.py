@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from llama_ds.errors import first_of
 from llama_ds.job.folder import Job
 from llama_ds.job.wire import Kind, as_json, frame
 from llama_ds.launch.supervise import processes
@@ -162,9 +163,7 @@ def _in_words(problems: Mapping[int, str]) -> str:
     for rank, problem in sorted(problems.items()):
         ranks.setdefault(problem, []).append(rank)
     return "; ".join(
-        f"rank{'s' if len(those) > 1 else ''} {', '.join(map(str, those[:MAX_NAMED]))}"
-        + (f" and {len(those) - MAX_NAMED} more" if len(those) > MAX_NAMED else "")
-        + f": {problem}"
+        f"rank{'s' if len(those) > 1 else ''} {first_of(those, MAX_NAMED)}: {problem}"
         for problem, those in ranks.items()
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import first_of
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import padding_elements
@@ -14,6 +15,7 @@ from llama_ds.parallel.dry_run.ledger import UNEVEN
 from llama_ds.training.dry_run.report import Check, IssuedCall, ProcessGroup, RankReport
 
 MESSAGES = ("send", "receive")
+_MOST_NAMED = 8
 Channel = tuple[ProcessGroup, int, int]  # group, sending rank, receiving rank
 
 
@@ -44,10 +46,9 @@ def check_groups(reports: Sequence[RankReport]) -> Check:
         for group in report.groups:
             rank, ranks = members.setdefault(group.name, (report.rank, group.ranks))
             if ranks != group.ranks:
-                return Check(
-                    name, False, f"group {group.name} is {_listed(ranks)} on rank {rank}, {_listed(group.ranks)} on "
-                    f"rank {report.rank}",
-                )  # fmt: skip
+                before, own = first_of(ranks, _MOST_NAMED), first_of(group.ranks, _MOST_NAMED)
+                text = f"group {group.name} is {before} on rank {rank}, {own} on rank {report.rank}"
+                return Check(name, False, text)
     return Check(name, True, f"created in the same order on {len(reports)} ranks, {len(members)} in use")
 
 
@@ -93,10 +94,9 @@ def check_collectives(reports: Sequence[RankReport]) -> Check:
         for rank in others:
             for n, (ours, theirs) in enumerate(zip_longest(by_rank[first], by_rank[rank]), start=1):
                 if ours is None or theirs is None or _common(ours) != _common(theirs):
-                    return Check(
-                        "collectives", False, f"group {group.name} of ranks {_listed(group.ranks)}: collective {n} is "
-                        f"{_call(ours)} on rank {first}, {_call(theirs)} on rank {rank}",
-                    )  # fmt: skip
+                    text = f"group {group.name} of ranks {first_of(group.ranks, _MOST_NAMED)}: collective {n} is "
+                    text += f"{_call(ours)} on rank {first}, {_call(theirs)} on rank {rank}"
+                    return Check("collectives", False, text)
             compared += len(by_rank[rank])
     shared = sum(len(by_rank) > 1 for by_rank in issued.values())
     return Check(
@@ -132,7 +132,7 @@ def check_progress(reports: Sequence[RankReport]) -> Check:
     stuck = {rank: calls[0] for rank, calls in rest.items() if calls}
     if stuck:
         heads = "; ".join(
-            f"rank {rank} in {kind} of group {group.name} ({_listed(group.ranks)})"
+            f"rank {rank} in {kind} of group {group.name} ({first_of(group.ranks, _MOST_NAMED)})"
             for rank, (group, kind) in sorted(stuck.items())[:4]
         )
         return Check("no deadlock", False, f"{len(stuck)} ranks wait for one another: {heads}")
@@ -189,8 +189,3 @@ def _call(call: IssuedCall | None) -> str:
     if call is None:
         return "none"
     return f"{call.kind} of {call.bytes} bytes" + (f" with root {call.peer}" if call.peer >= 0 else "")
-
-
-def _listed(ranks: Sequence[int], limit: int = 8) -> str:
-    shown = ", ".join(map(str, ranks[:limit]))
-    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
