@@ -10,8 +10,10 @@ import pickle
 import struct
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -33,6 +35,11 @@ def gather_objects(value: T, where: torch.device) -> list[T]:
 def gather_bytes(own: bytes, size: int, where: torch.device) -> list[bytes]:
     """Return the bytes of all ranks, each filled up to `size` with zeros. Collective."""
     given = torch.frombuffer(bytearray(own.ljust(size, b"\0")), dtype=torch.uint8).to(where)
-    every = given.new_empty(dist.get_world_size() * size)
-    dist.all_gather_into_tensor(every, given)
-    return [row.tobytes() for row in every.view(-1, size).cpu().numpy()]
+    return [row.tobytes() for row in gather_rows(given)]
+
+
+def gather_rows(own: Tensor) -> np.ndarray:
+    """Return the tensors of all ranks, `own` (n), as rows: (world, n). Collective; synchronises with its device."""
+    every = own.new_empty(dist.get_world_size() * len(own))
+    dist.all_gather_into_tensor(every, own)
+    return every.view(-1, len(own)).cpu().numpy()

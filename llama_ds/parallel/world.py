@@ -34,7 +34,7 @@ from llama_ds.parallel.first_rank import (
     in_slurm_step,
     interface,
 )
-from llama_ds.parallel.gathering import gather_objects
+from llama_ds.parallel.gathering import gather_objects, gather_rows
 from llama_ds.parallel.joining import open_store
 from llama_ds.shipped import as_typed
 
@@ -218,11 +218,7 @@ def _raise_first(errors: Iterable[str]) -> None:
 def gather_numbers(values: list[int], where: torch.device) -> np.ndarray:
     """Return the integers of all ranks: (world, len(values)). Collective; synchronises with the device."""
     own = torch.tensor(values, dtype=torch.int64, device=where)
-    if not dist.is_initialized():
-        return own.cpu().numpy()[None]
-    every = own.new_empty(dist.get_world_size() * len(values))
-    dist.all_gather_into_tensor(every, own)
-    return every.view(-1, len(values)).cpu().numpy()
+    return gather_rows(own) if dist.is_initialized() else own.cpu().numpy()[None]
 
 
 def gather(value: T) -> list[T]:
