@@ -173,9 +173,10 @@ def disturb(kind: str, site: Site) -> dict[str, Any]:
     if not injected.lasts_s:
         injected.repair()
     stays = injected.hosts and injected.hosts[0] in job.named("attempt started")[-1]["hosts"]
-    damaged = injected.about.get("damaged", [])
-    on_disk = bool(damaged) and job.resumed_at(now) % GUARDED["checkpoint.interval"] == 0
-    on_disk = on_disk and job.resumed_at(now) >= max(damaged)  # then nobody reads the memory
+    damaged = injected.about.get("damaged")
+    resumed = job.resumed_at(now) if damaged else 0
+    # Nobody reads the memory then.
+    on_disk = damaged and resumed >= max(damaged) and resumed % GUARDED["checkpoint.interval"] == 0
     if kind.startswith("state") and stays and not on_disk:  # its sender refuses it, or the first rank at a restart
         refused = f"MEMORY CHECKPOINT: the state of rank {injected.ranks[0]} "
         log = job.folder / f"attempt_{now:02d}" / "logs" / f"rank_{0 if now > attempts else injected.ranks[0]:05d}.log"

@@ -266,9 +266,8 @@ def end_of_step(
         scatter = _reduction(gpu, job, parameters)
         gather = _gather(gpu, job, parameters) if job.zero_stage else 0.0 if _sums_at_end(job) else scatter
         if job.zero_stage >= 2:  # already part of every micro-batch
-            scatter = (
-                0.0 if job.zero_stage == 3 or program.overlaps_reduction or program.waits_for_reduction else scatter
-            )
+            counted = job.zero_stage == 3 or program.overlaps_reduction or program.waits_for_reduction
+            scatter = 0.0 if counted else scatter
             gather = 0.0 if job.zero_stage == 3 else gather
         if program.overlaps_reduction and not _sums_at_end(job):
             scatter = exposed_reduction(ends[rank], scatter, share)

@@ -19,14 +19,8 @@ from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
 
 _INSIDE = 0.8  # share of the runs of an unseen source that an interval should hold
-_LEFT_OUT = (
-    0.1,
-    0.075,
-    0.05,
-    0.025,
-    0.01,
-    0.0,
-)  # shares of the measured runs left out at either end, the first that suffices
+# Shares of the measured runs left out at either end, the first that suffices.
+_LEFT_OUT = (0.1, 0.075, 0.05, 0.025, 0.01, 0.0)
 
 
 @dataclass(frozen=True)
