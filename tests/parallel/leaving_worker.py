@@ -13,10 +13,13 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.job.departure import Departure, tcp_sockets
