@@ -133,7 +133,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 def _text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:  # some editors begin a file with a mark
             return stream.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of an existing file") from None

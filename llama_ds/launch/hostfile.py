@@ -177,11 +177,17 @@ def _left(count: int, named: list[int] | None, included: bool) -> list[int]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: the hostfile cannot be read: {error.strerror}; correct --hostfile") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the hostfile is not UTF-8 text; write one HOST slots=N per line") from None
+    if text.startswith("\ufeff"):
+        raise UserError(
+            f"{path}:1: begins with a byte order mark, which DeepSpeed takes for a part of the first host's name; save "
+            "it as UTF-8 without one"
+        )
+    return text
 
 
 def _runner_arguments(argv: list[str]) -> list[str] | None:

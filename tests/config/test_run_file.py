@@ -438,6 +438,13 @@ def test_wrong_json_is_told(folder: Path, text: str, message: str) -> None:
     assert str(error.value) == message
 
 
+def test_byte_order_marks_and_other_line_ends_are_read(folder: Path) -> None:
+    expected = load()
+    for path in (folder / "tiny.yaml", folder / "ds.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load() == expected
+
+
 def test_binary_run_file_is_told(folder: Path) -> None:
     folder.joinpath("tiny.yaml").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match=r"^tiny.yaml: is not UTF-8 text; save it as UTF-8$"):

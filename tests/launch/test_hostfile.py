@@ -51,6 +51,10 @@ def test_hosts_keep_their_order(tmp_path: Path) -> None:
         ("a slots=8\nb\n", ":2: 'b' is not a host; write HOST slots=N, as in node001 slots=8"),
         ("a slots=8 max=9\n", ":1: 'a slots=8 max=9' is not a host; write HOST slots=N, as in node001 slots=8"),
         ("a slots=eight\n", ":1: 'a slots=eight' is not a host; write HOST slots=N, as in node001 slots=8"),
+        (
+            "\ufeffa slots=8\n",
+            ":1: begins with a byte order mark, which DeepSpeed takes for a part of the first host's name",
+        ),
         ("a slots=8\na slots=8\n", ":2: host a is listed twice; keep one line with all of its slots"),
         ("a slots=0\n", ":1: host a has slots=0; give its number of devices or take it out"),
         ("a slots=1000000\n", ":1: host a has slots=1000000; give its number of devices or take it out"),

@@ -340,6 +340,9 @@ def test_machines_for_export_have_eight_links(tmp_path: Path) -> None:
         (f"{HEADER}\n{GOOD.replace('4096,32', '4096,1.5')}\n", ":2: layers = 1.5 is not a positive whole number"),
         (f"{HEADER}\n{GOOD.replace('iteration_s', 'hours')}\n", ":2: measured_kind = 'hours' is not one of"),
         (f"{HEADER}\n{GOOD.replace('full', 'some')}\n", ":2: recompute = 'some' is not one of"),
+        (f"{HEADER}\n{GOOD.replace(',1,0,full', ',1,on,full')}\n", ":2: sequence_parallel = 'on' is not 0 or 1"),
+        (f"{HEADER}\n{GOOD}\n{GOOD}\n", ":3: repeats line 2"),
+        (f"{HEADER}\n{GOOD}a kernel for RMSNorm, 400 Gbps\n", ":2: has more fields than the header"),
         ("id,source\nx,y\n", ":1: column model is missing"),
         ("", ":1: column id is missing"),
     ],
@@ -350,6 +353,24 @@ def test_a_bad_file_is_refused_with_its_line(text: str, words: str, tmp_path: Pa
     with pytest.raises(UserError) as error:
         read_rows(path)
     assert words in str(error.value)
+
+
+def test_files_of_spreadsheets_and_data_frames_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    sharded = GOOD.replace(",8,1,1,8,1,0,", ",8,2,1,4,1,1,")
+    words = [sharded.replace(",4,1,1,full", f",4,1,{word},full") for word in ("True", "1.0", "FALSE", "")]
+    path.write_text("\ufeff" + "\r\n".join([HEADER, sharded, *words]) + "\r\n")
+    assert [row.job and row.job.sequence_parallel for row in read_rows(path)] == [True, True, True, False, False]
+
+
+def test_a_batch_that_ranks_cannot_share_is_not_compared(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    memory = GOOD.replace(",64,iteration_s,10.0", ",60,peak_mem_gib,40.0")
+    path.write_text("\n".join([HEADER, GOOD.replace(",64,", ",60,"), memory, memory.replace(",60,", ",16,")]) + "\n")
+    rows = read_rows(path)
+    assert rows[0].skipped == "global_batch_seqs 60 is no multiple of dp 8 * micro_batch 4"
+    assert rows[1].job and rows[1].job.micro_batches == 1, "peak memory needs no whole number"
+    assert rows[2].skipped == "global_batch_seqs 16 is no multiple of dp 8 * micro_batch 4"
 
 
 def test_a_missing_file_is_refused() -> None:

@@ -105,6 +105,10 @@ _STATED: dict[str, Callable[[Program], Program]] = {  # words of a note in lower
 }
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
 _CP = re.compile(r"\bcp ([0-9]+)( by all-to-all)?")
+_FLAGS = {
+    **dict.fromkeys(("", "0", "0.0", "false", "no"), False),
+    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
+}
 _RECOMPUTE = re.compile(rf"({'|'.join((*POLICIES, OP))})(?::1/([1-9]))?")
 
 
@@ -131,7 +135,7 @@ def read_rows(path: str | Path) -> list[Row]:
         UserError: The file or a column is missing, or a value is invalid; the message names the line.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as stream:
+        with open(path, encoding="utf-8-sig", newline="") as stream:  # spreadsheets begin a file with a mark
             reader = csv.DictReader(stream)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
@@ -139,10 +143,17 @@ def read_rows(path: str | Path) -> list[Row]:
                     f"{path}:1: column {missing[0]} is missing; the header names {', '.join(COLUMNS)} "
                     "(docs/calibration/README.md)"
                 )
-            return [
-                _row({k: v or "" for k, v in row.items() if k}, f"{path}:{reader.line_num}", reader.line_num)
-                for row in reader
-            ]
+            rows, lines = list[Row](), dict[tuple[tuple[str, str], ...], int]()
+            for fields in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in fields:
+                    raise UserError(f"{place}: has more fields than the header; put a text with commas in quotes")
+                row = {k: v or "" for k, v in fields.items() if k}
+                first = lines.setdefault(tuple(row.items()), reader.line_num)
+                if first != reader.line_num:
+                    raise UserError(f"{place}: repeats line {first}, and a run counts once; remove one")
+                rows.append(_row(row, place, reader.line_num))
+            return rows
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give the path of a CSV file of measured runs"
@@ -174,7 +185,7 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
         )
     numbers = {name: _count(row, name, source) for name in (*_LAYOUT, "heads", "kv_heads", "ffn", "vocab")}
     virtual = _count(row, "virtual_stages", source) or 1
-    sharded = row["sequence_parallel"].strip() == "1"
+    sharded = _flag(row, "sequence_parallel", source)
     zero = _number(row, "zero_stage", source)
     if zero not in (None, 0, 1, 2, 3):
         raise UserError(f"{source}: zero_stage = {row['zero_stage']} is not 0, 1, 2 or 3; correct the row")
@@ -233,7 +244,9 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
     except UserError as error:
         return str(error)
     rows = n["global_batch_seqs"] or n["dp"] * n["micro_batch"] * 4 * n["pp"]
-    micro_batches = max(1, round(rows / n["dp"] / n["micro_batch"]))
+    micro_batches, left = divmod(rows, n["dp"] * n["micro_batch"])
+    if not micro_batches or (left and row["measured_kind"] != "peak_mem_gib"):
+        return f"global_batch_seqs {rows} is no multiple of dp {n['dp']} * micro_batch {n['micro_batch']}"
     schedule, chunks, warmup = schedule_named(row["note"], n["pp"], virtual)
     reason = obstacle(schedule, n["pp"], micro_batches, chunks, warmup)
     if reason:
@@ -364,3 +377,11 @@ def _count(row: dict[str, str], name: str, source: str) -> int | None:
     if number < 1 or number != int(number):
         raise UserError(f"{source}: {name} = {row[name]} is not a positive whole number; correct the row")
     return int(number)
+
+
+def _flag(row: dict[str, str], name: str, source: str) -> bool:
+    """Return a yes or no; an empty field, not stated, is no."""
+    text = row[name].strip()
+    if text.lower() not in _FLAGS:
+        raise UserError(f"{source}: {name} = {text!r} is not 0 or 1; correct the row, or leave the field empty")
+    return _FLAGS[text.lower()]
