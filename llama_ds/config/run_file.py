@@ -49,12 +49,13 @@ def find_run_file(name: str) -> str:
     if os.sep in name or os.path.isfile(name):
         return name
     known = {path.stem: path for path in shipped.folder(RUN_FILES).glob("*.yaml")}
-    short = {stem.rpartition("_")[2]: path for stem, path in known.items()}
-    model = known.get(name) or short.get(name.lower())
+    sizes = {stem.rpartition("_")[2]: stem for stem in known if stem.count("_") < 2}  # not "v" for llama_65b_zb_v
+    model = known.get(sizes.get(name.lower(), name))
     if not model:
+        choices = [*sorted(sizes), *sorted(known.keys() - sizes.values())]
         raise UserError(
-            f"{name}: no such model{did_you_mean(name.lower(), [*known, *short])}; use one of "
-            f"{', '.join(sorted(short))}, or the path of a run file"
+            f"{name}: no such model{did_you_mean(name.lower(), [*known, *sizes])}; use one of {', '.join(choices)}, "
+            "or the path of a run file"
         )
     return str(model)
 

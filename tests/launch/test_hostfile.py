@@ -53,7 +53,8 @@ def test_hosts_keep_their_order(tmp_path: Path) -> None:
         ("a slots=eight\n", ":1: 'a slots=eight' is not a host; write HOST slots=N, as in node001 slots=8"),
         (
             "\ufeffa slots=8\n",
-            ":1: begins with a byte order mark, which DeepSpeed takes for a part of the first host's name",
+            ":1: begins with a byte order mark, which DeepSpeed takes for a part of the first host's name; "
+            "save it as UTF-8 without one",
         ),
         ("a slots=8\na slots=8\n", ":2: host a is listed twice; keep one line with all of its slots"),
         ("a slots=0\n", ":1: host a has slots=0; give its number of devices or take it out"),

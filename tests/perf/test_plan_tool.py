@@ -66,6 +66,7 @@ def test_cost_gives_a_runs_price() -> None:
     [
         (("estimate", "65b", "--gpus", 2048, "--gpu", "a100"), "--gpu a100: not a described machine"),
         (("estimate", "66b", "--gpus", 2048), "66b: no such model (did you mean '65b'?)"),
+        (("estimate", "v", "--gpus", 2048), "v: no such model"),
         (("estimate", "65b", "--gpus", 2000), "world size 2000 is not a multiple"),
         (("estimate", "65b", "--gpus", 2048, "parallel.tp=3"), "parallel.tp = 3 does not divide"),
         (("search", "--model", "7b", "--gpus", 37), "On "),
