@@ -88,6 +88,30 @@ class Event:
         return 1.0
 
 
+class Graph:
+    """A CUDA graph: its operators use no memory when they are captured, but whenever they are replayed."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.operators: list[tuple[str, list[Tensor], list[Tensor]]] = []
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        assert self.cuda.current.name != "main", "the default stream cannot be captured"
+        assert capture_error_mode == "thread_local", "other threads may use CUDA meanwhile"
+        assert pool is not None, "each graph would have temporaries of its own"
+        self.cuda.capturing = self
+
+    def capture_end(self) -> None:
+        assert self.cuda.capturing is self
+        self.cuda.capturing = None
+
+    def replay(self) -> None:
+        assert self.cuda.capturing is None
+        self.cuda.log.append(f"graph of {len(self.operators)} operators")
+        for operator in self.operators:
+            self.cuda.launch(*operator)
+
+
 class _Use:
     """The operators of each stream that have used memory since it was last written, and the last that wrote it."""
 
@@ -121,6 +145,7 @@ class FakeCuda(TorchDispatchMode):
         self.host = Clock()
         self.current = self.stream("main")
         self.uses: dict[int, _Storage] = {}
+        self.capturing: Graph | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -157,6 +182,8 @@ class FakeCuda(TorchDispatchMode):
 
     def _wait(self) -> None:
         """Let the host wait for the current stream, and note who does."""
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
         frame: FrameType | None = sys._getframe(1)
         while frame and not frame.f_code.co_filename.startswith(str(PACKAGE)):
             frame = frame.f_back
@@ -182,6 +209,9 @@ class FakeCuda(TorchDispatchMode):
 
     def launch(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         """Run an operator on the current stream, after all that this stream has waited for."""
+        if self.capturing:
+            self.capturing.operators.append((name, read, written))
+            return
         stream = self.current
         read, written = ([x for x in tensors if x.is_cuda] for tensors in (read, written))
         if not read and not written:
@@ -294,6 +324,8 @@ def _torch_cuda(cuda: FakeCuda) -> dict[str, Any]:
         "Stream": lambda device=None: cuda.stream(f"stream {len(cuda.streams)}"),
         "Event": lambda enable_timing=False: Event(cuda, enable_timing),
         "stream": cuda.on,
+        "CUDAGraph": lambda: Graph(cuda),
+        "graph_pool_handle": object,
         "current_stream": lambda device=None: cuda.current,
         "memory_allocated": lambda device=None: 1 << 20,
         "max_memory_allocated": lambda device=None: 3 << 20,

@@ -38,10 +38,11 @@ from llama_ds.errors import UserError
 from llama_ds.evaluation import one_process, scoring
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.optimizer_states import MASTER
-from llama_ds.model import attention, fp8
+from llama_ds.model import attention, fp8, graphed_layers
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.attention_kernels import attention_kernel, block_kernel
 from llama_ds.model.build import build_model
+from llama_ds.model.graphs import CudaGraphs
 from llama_ds.model.key_value_cache import KeyValueCache
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
@@ -105,6 +106,30 @@ def case_a_step_of_the_model(cuda: FakeCuda, folder: Path) -> None:
         assert is_on_device(*(weight.grad for weight in model.parameters()))
         assert all(weight.grad.dtype == torch.bfloat16 for weight in model.parameters() if weight.grad is not None)
     assert {"_flash_attention_forward", "_flash_attention_backward"} <= cuda.operators
+
+
+def case_layers_by_graphs(cuda: FakeCuda, folder: Path) -> None:
+    """Graphs are captured on a stream of their own and replayed, in order, on that of the step."""
+    context = layer_context(small_run(), SingleRank(), "cuda", torch.bfloat16)
+    layers = [ManualBackwardLayer(context, i, "selective").to(DEVICE, torch.bfloat16) for i in range(2)]
+    graphed_layers.GraphedChunk(layers, context.weight_gradients, CudaGraphs())
+    x = torch.zeros(ROWS, T, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+
+    def micro_batch() -> int:
+        begin = len(cuda.log)
+        (y := layers[1](layers[0](x))).backward(torch.zeros_like(y))
+        assert is_on_device(x.grad, *(weight.grad for weight in layers[0].parameters()))
+        return sum(line.startswith("graph of") for line in cuda.log[begin:])
+
+    with mock.patch.object(graphed_layers, "_same", lambda *_: True):  # there are no values
+        micro_batch()
+        cuda.operators.clear()
+        assert micro_batch() == 4 and "mm" not in cuda.operators, "a layer does nothing else"
+    layers[0].weight_grads.of = lambda *_: [float(x.sum())]  # type: ignore[assignment,method-assign,list-item]
+    with pytest.raises(UserError, match=r"layer 0 cannot be captured \(operation not permitted when .*\(backward\)"):
+        graphed_layers.GraphedChunk(layers[:1], context.weight_gradients, CudaGraphs())
+        with mock.patch.object(graphed_layers, "_same", lambda *_: True):
+            (y := layers[0](x)).backward(torch.zeros_like(y))
 
 
 def case_products_in_float8(cuda: FakeCuda, folder: Path) -> None:
@@ -367,7 +392,9 @@ def case_building_an_engine(cuda: FakeCuda, folder: Path) -> None:
         mock.patch.object(build, "build_single_stage", lambda *given: built.append(given)),
     ):
         build.build_engine(run, layout_of(run), config, DEVICE)
+        build.build_engine(small_run("parallel.cuda_graphs=true"), layout_of(run), config, DEVICE)
     parts = built[0][3]
+    assert parts.graphs is None and isinstance(built[1][3].graphs, CudaGraphs)
     assert parts.dtype == torch.bfloat16 and parts.context.attention.name == "sdpa" and parts.trace._cuda
 
 

@@ -27,6 +27,7 @@ GLOO = {BACKEND: "gloo"}  # ranks that share a device
 # Ranks, overrides, and what a step calls beside `FLASH`.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "zero1": (1, ("deepspeed=zero1_bf16.json",), {"all_reduce"}),
+    "graphs": (1, ("deepspeed=zero1_bf16.json", "parallel.cuda_graphs=true"), {"a graph"}),
     "zero2": (1, ("deepspeed=zero2_bf16.json",), set()),
     "zero3": (1, ("deepspeed=zero3_bf16.json",), {"all_gather"}),
     "float8": (1, ("deepspeed=zero1_bf16.json", *FP8), {"_scaled_mm"}),
@@ -34,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
         *(2, ("parallel.pp=2", "parallel.schedule=zb_h1", "parallel.joint_weight_gradients=2", *MUON)),
         {"send", "receive"},
     ),
+    "graphs in a pipeline": (2, (*ZB_V, "deepspeed=zero1_bf16.json", "parallel.cuda_graphs=true"), {"a graph", "send"}),
     "tensor parallel": (
         *(2, ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_chunks=2", *MUON)),
         {"all_gather", "reduce_scatter", "all_to_all"},

@@ -14,6 +14,7 @@ from llama_ds.config.context_parallel import check_context_parallel
 from llama_ds.config.numbers import near_divisors
 from llama_ds.config.row_stages import check_stages, stage_runs
 from llama_ds.config.schema import ModelConfig, RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError, did_you_mean, listed
 from llama_ds.schedules.schedule import DEFERRING
 
@@ -43,6 +44,7 @@ def _check_stage(run: RunConfig) -> None:
     _check_post_validation(run)
     _check_gradient_neighbours(run)
     _check_autograd_layer(run)
+    _check_cuda_graphs(run)
     check_fp8(run)
 
 
@@ -248,6 +250,40 @@ def _check_post_validation(run: RunConfig) -> None:
                 f"parallel.post_validation = true needs {key} = {str(only).lower()}, not {str(value).lower()}; change "
                 "one of them",
             )
+
+
+def _check_cuda_graphs(run: RunConfig) -> None:
+    """Refuse what would change under a graph: it repeats the same kernels on the same memory, and no collectives."""
+    parallel = run.parallel
+    if not parallel.cuda_graphs:
+        return
+    needed: list[tuple[str, object, object, str]] = [
+        ("parallel.tp", parallel.tp, 1, "collectives of the layers are not captured"),
+        ("parallel.cp", parallel.cp, 1, "messages of the layers are not captured"),
+        ("data.document_mask", run.data.document_mask, False, "documents have other lengths in each micro-batch"),
+        ("compute.fp8", run.compute.fp8, "off", "weights in float8 and their scales change with the step"),
+        ("compute.decoder_layer", run.compute.decoder_layer, "manual_backward", "autograd saves to new memory"),
+    ]
+    for key, value, only, why in needed:
+        if value != only:
+            words = [str(x).lower() for x in (only, value)]
+            raise _error(
+                run,
+                f"parallel.cuda_graphs = true needs {key} = {words[0]}, not {words[1]}: {why}; set "
+                "parallel.cuda_graphs to false",
+            )
+    if parallel.pp > 1 and parallel.schedule == STOCK_ENGINE:
+        raise _error(
+            run,
+            "parallel.cuda_graphs = true is not for parallel.schedule = deepspeed, whose engine does not keep micro-"
+            "batches apart as ours; use another schedule, or set parallel.cuda_graphs to false",
+        )
+    if run.zero_stage == 3:
+        raise _error(
+            run,
+            "parallel.cuda_graphs = true needs weights that stay in place, and ZeRO-3 gathers them for each pass; use "
+            "zero_optimization.stage 1, or set parallel.cuda_graphs to false",
+        )
 
 
 def check_fp8(run: RunConfig) -> None:

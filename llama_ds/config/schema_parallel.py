@@ -178,6 +178,17 @@ class ParallelConfig(Section):
         ),
     ] = 1
 
+    cuda_graphs: Annotated[
+        bool,
+        Key(
+            "Whether decoder layers train as CUDA graphs, of which the host launches one for each pass of a layer: for "
+            "stages that are launch-bound (small models). Their memory is kept from step to step. It has no effect on "
+            "a CPU. `plan.py` says what pays.",
+            rule="Needs `tp` 1, `cp` 1, `compute.decoder_layer: manual_backward`, ZeRO below 3; not with "
+            "`data.document_mask`, `compute.fp8` or schedule deepspeed.",
+        ),
+    ] = False
+
     @property
     def own_pipeline(self) -> bool:
         """Whether this stack's pipeline engine trains, not DeepSpeed's, nor an engine of one stage."""

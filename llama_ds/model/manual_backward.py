@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ from llama_ds.model.pointwise import (
 )
 from llama_ds.model.shared_rows import kernel_over
 from llama_ds.model.weight_gradients import LayerWeightGradients, bias_gradients
+
+if TYPE_CHECKING:
+    from llama_ds.model.graphed_layers import GraphedLayer
 
 
 @dataclass
@@ -89,6 +92,7 @@ class ManualBackwardLayer(DecoderLayer):
         # Whether the backward cuts its tokens into chunks; None: where weight gradients are deferred.
         self.cuts_backward: bool | None = None
         self.recomputes_early = False  # True (policy full only): recompute_oldest() runs before every backward
+        self.graphs: GraphedLayer | None = None  # computes the layer in training, if set
         self._outstanding: deque[Any] = deque()  # autograd contexts of forwards with a pending backward
         self._recording = False
         attention, mlp = self.self_attn, self.mlp
@@ -101,9 +105,11 @@ class ManualBackwardLayer(DecoderLayer):
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, document_start)
         if self.context.caches.cache is not None:
             return cached_forward(self, x, self.context.caches.cache)
+        if self.graphs is not None and torch.is_grad_enabled():
+            return self.graphs(x)
         self._recording = self.recomputes_early and torch.is_grad_enabled()
         self.context.products.training = torch.is_grad_enabled()
-        y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self._parameters_in_order())
+        y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self.parameters_in_order())
         return y if document_start is None else (y, document_start)
 
     def extra_repr(self) -> str:
@@ -116,7 +122,7 @@ class ManualBackwardLayer(DecoderLayer):
 
     def run_deferred_wgrad(self, micro_batches: int = 1) -> None:
         """Compute the matrices' gradients of the oldest deferred micro-batches (`WeightGradients.deferred`)."""
-        self.weight_grads.run_oldest(micro_batches)
+        (self.graphs or self.weight_grads).run_oldest(micro_batches)
 
     @torch.no_grad()
     def recompute_oldest(self) -> None:
@@ -127,8 +133,11 @@ class ManualBackwardLayer(DecoderLayer):
     def discard_forwards(self) -> None:
         """Forget the forwards whose backward will not run."""
         self._outstanding.clear()
+        if self.graphs is not None:
+            self.graphs.discard_forwards()
 
-    def _parameters_in_order(self) -> list[nn.Parameter]:
+    def parameters_in_order(self) -> list[nn.Parameter]:
+        """Return the parameters in the order of the gradients that `backward` returns."""
         attention, mlp = self.self_attn, self.mlp
         modules = (*self.wide_attention, attention.o_proj, *self.wide_mlp, mlp.down_proj)
         biases = [m.bias for m in modules if m.bias is not None]

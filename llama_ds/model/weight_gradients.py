@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
@@ -30,6 +31,14 @@ class Share(NamedTuple):
 _ONE = Share()
 
 
+class Added(NamedTuple):
+    """A gradient that was added to the buffer of its matrix."""
+
+    weight: nn.Parameter
+    buffer: Tensor
+    share: Share
+
+
 class WeightGradients:
     """Shared by a stage's layers; the engine sets where gradients accumulate and whether they are deferred."""
 
@@ -41,6 +50,7 @@ class WeightGradients:
         # Called before it with the matrix, its buffer, and the number of micro-batches that were added at once.
         self.observers: list[Callable[[nn.Parameter, Tensor, int], None]] = []
         self.deferred = False  # True: layers queue the work until their run_deferred_wgrad() is called
+        self._withheld: list[Added] | None = None  # collects what `added` and `observers` are not told
 
     def compute(
         self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor, products: Products, share: Share = _ONE
@@ -80,7 +90,28 @@ class WeightGradients:
         self._has_added(weight, buffer, _ONE)
         return None
 
+    @contextmanager
+    def withholding(self) -> Iterator[list[Added]]:
+        """Collect the gradients that are added inside, about which `added` and `observers` are told later (`tell`)."""
+        self._withheld = []
+        try:
+            yield self._withheld
+        finally:
+            self._withheld = None
+
+    def tell(self, added: Sequence[Added]) -> None:
+        """Tell `added` and `observers` about gradients that were added to these buffers."""
+        for weight, buffer, share in added:
+            assert self.buffer_of is not None, "gradients are added to buffers only"
+            current = self.buffer_of(weight)  # also marks it as filled
+            if current.data_ptr() != buffer.data_ptr():
+                raise RuntimeError("a gradient was added to a buffer that is not the matrix's any more")
+            self._has_added(weight, current, share)
+
     def _has_added(self, weight: nn.Parameter, buffer: Tensor, share: Share) -> None:
+        if self._withheld is not None:
+            self._withheld.append(Added(weight, buffer, share))
+            return
         for observe in self.observers:
             observe(weight, buffer, share.micro_batches)
         if share.last:
@@ -117,10 +148,17 @@ class LayerWeightGradients:
         """Return the number of deferred micro-batches."""
         return len(self._deferred)
 
-    @torch.no_grad()
+    def take_newest(self) -> list[Work]:
+        """Remove and return the deferred work of the last backward; [] where none is deferred."""
+        return self._deferred.pop() if self._stage.deferred else []
+
     def run_oldest(self, micro_batches: int = 1) -> None:
         """Compute and accumulate the gradients of the oldest deferred micro-batches, as one product where it pays."""
-        oldest = [self._deferred.popleft() for _ in range(micro_batches)]
+        self.run([self._deferred.popleft() for _ in range(micro_batches)])
+
+    @torch.no_grad()
+    def run(self, oldest: Sequence[list[Work]]) -> None:
+        """Compute and accumulate the gradients of micro-batches' deferred work, as `run_oldest` does."""
         for (modules, grad, x), share in chain.from_iterable(map(_joined, zip(*oldest, strict=True))):
             computed = self._stage.compute(modules, grad, x, self._products, share)
             for weight, grad_weight in zip((m.weight for m in modules), computed, strict=True):

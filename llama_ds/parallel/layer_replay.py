@@ -82,7 +82,7 @@ class LayerRecord:
         if self._x is not None or not output.requires_grad:  # a later micro-batch, or one that is recomputed later
             return
         x, *rest = arguments[0] if isinstance(arguments[0], tuple) else arguments
-        self._x, self._document_start = x.detach(), rest[0] if rest else None
+        self._x, self._document_start = x.detach().clone(), rest[0] if rest else None
         self._output = fingerprint(output)
         output.register_hook(self._keep_grad)
         x.register_hook(self._keep_grad_x)
@@ -153,7 +153,7 @@ def _on_its_own(
         (gradients, {"deferred": False, "observers": [added], "added": lambda parameter: None})
     ]
     if isinstance(layer, ManualBackwardLayer):
-        changes.append((layer, {"first": True, "recomputes_early": False, "cuts_backward": in_chunks}))
+        changes.append((layer, {"first": True, "recomputes_early": False, "cuts_backward": in_chunks, "graphs": None}))
         if buffer_of is not None:
             matrices = [p for p in layer.parameters() if p.dim() > 1]
             scratch = dict(zip(map(id, matrices), _zeroed([buffer_of(p) for p in matrices]), strict=True))

@@ -101,7 +101,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._passes: Sequence[DecodePass] = ()  # instead of micro-batches, while text is generated
         self._cache_of: CacheOf | None = None  # takes a micro-batch; None: rows are whole
         self._chosen: list[Tensor] = []  # next ids of each pass
-        self._manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
+        self.manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)
 
     def _prepare_layers(self, module: LlamaPipeline) -> None:
@@ -113,7 +113,7 @@ class LlamaPipelineEngine(PipelineEngine):
             layer.register_forward_pre_hook(lambda *_, own=parameters: optimizer.wait_for(own))
         tied = [weight for weight, _ in module.get_tied_weights_and_groups()]
         optimizer.hold_back(tied)
-        for layers in self._manual_layers:
+        for layers in self.manual_layers:
             for layer in layers[-1:]:
                 layer.recomputes_early = layer.policy == "full"
 
@@ -175,7 +175,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._comm.finish()
         self._live.clear()
         self._local.clear()
-        for layers in self._manual_layers:
+        for layers in self.manual_layers:
             for layer in layers:
                 layer.discard_forwards()
 
@@ -293,7 +293,7 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def _backward(self, step: Instruction) -> None:
         chunk, i = step.chunk, step.micro_batch
-        for layer in self._manual_layers[chunk][-1:]:
+        for layer in self.manual_layers[chunk][-1:]:
             if layer.recomputes_early:  # while the gradient is in flight
                 begin = self._trace.now()
                 layer.recompute_oldest()
@@ -316,7 +316,7 @@ class LlamaPipelineEngine(PipelineEngine):
             self._deliver(step, [x.grad])
 
     def _weight_backward(self, step: Instruction) -> None:
-        layers = self._manual_layers[step.chunk][::-1]
+        layers = self.manual_layers[step.chunk][::-1]
         ends = step.micro_batch == self.micro_batches - 1
         shares = shares_of(len(layers), self._weight_groups[step])
         for i, share in enumerate(shares, step.micro_batch + 1 - len(shares)):  # a trace shows each micro-batch

@@ -374,6 +374,23 @@ def test_chunks_need_the_manual_backward_and_a_divisible_row(folder: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["parallel.tp=2"], "needs parallel.tp = 1, not 2: collectives"),
+        (["parallel.cp=2"], "needs parallel.cp = 1, not 2: messages"),
+        (["data.document_mask=true"], "needs data.document_mask = false, not true: documents have other lengths"),
+        (["compute.fp8=current", "model.intermediate_size=128"], "needs compute.fp8 = off, not current: weights in"),
+        (["compute.decoder_layer=autograd"], "needs compute.decoder_layer = manual_backward, not autograd: autograd"),
+        (["parallel.pp=2", "parallel.schedule=deepspeed"], "is not for parallel.schedule = deepspeed"),
+        (["deepspeed.zero_optimization.stage=3"], "needs weights that stay in place, and ZeRO-3"),
+    ],
+)
+def test_graphs_need_layers_that_repeat_the_same_work(folder: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=rf"^tiny.yaml: parallel\.cuda_graphs = true {words}.*set .* to false$"):
+        load("parallel.cuda_graphs=true", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
         ([], "2 add gradients that travel in bf16, and the DeepSpeed JSON has no communication_data_type = bf16"),
         (
             ["deepspeed.communication_data_type=bf16", "deepspeed.data_types={grad_accum_dtype: bf16}"],

@@ -86,6 +86,7 @@ class Case:
     fp8: str = "off"
     fp8_weight_gradients: bool = False
     bf16_sums: int = 0  # neighbours that add gradients before they travel in bf16; 0: these travel in fp32
+    cuda_graphs: bool = False  # of decoder layers, emulated
     through_host: bool = False  # messages, as between ranks that share a GPU
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
@@ -172,6 +173,7 @@ def run_of(case: Case) -> RunConfig:
             case.tp_chunks,
             case.joint_weight_gradients,
             max(1, case.bf16_sums),
+            case.cuda_graphs,
         ),
         compute=ComputeConfig(
             decoder_layer=case.decoder_layer, fp8=case.fp8, fp8_weight_gradients=case.fp8_weight_gradients

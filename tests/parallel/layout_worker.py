@@ -41,6 +41,7 @@ from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.setup import check_same_order
 from llama_ds.training.step_checks import StepChecks
+from tests.emulated_graphs import EmulatedGraphs
 from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import (
     GLOBAL_BATCH,
@@ -63,7 +64,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     if not case.post_validation:
         every |= {"compare_repeats": once, "compare_states": True}
     run = replace(case.run, checkpoint=replace(case.run.checkpoint, **every))
-    engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
+    config, graphs = deepspeed_config(run, case.layout, bf16_native=True), EmulatedGraphs()
+    engine = build_engine(run, case.layout, config, torch.device("cpu"), graphs=graphs)
     added: Counter[int] = Counter()
     engine.context.weight_gradients.observers.append(lambda weight, buffer, together: added.update([together]))
     check_initial_weights(case, engine.deepspeed)
@@ -115,6 +117,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
         check_memory(case, ledger.most_matrices, history[-1][1])
         if case.pp > 1 and case.schedule != "deepspeed":
             check_order(case, engine.trace, history[-2][1])
+    assert bool(graphs.replays) == case.cuda_graphs
     batches = step_batches(case, engine.dp_rank, VALIDATION)
     validation = engine.evaluate(batches, len(batches))
     if case.vocab % case.tp:

@@ -20,7 +20,7 @@ def watched_reductions(engine: Any) -> Iterator[None]:
     events: list[Event] = []
     layers = {
         id(layer.mlp.gate_proj.weight): (chunk, i)
-        for chunk, own in enumerate(engine._manual_layers)
+        for chunk, own in enumerate(engine.manual_layers)
         for i, layer in enumerate(own)
     }
 
@@ -50,7 +50,7 @@ def _check(engine: Any, events: list[Event]) -> None:
     """Check that each layer's reduction began before the last deferred gradients of the layer below were computed."""
     computations = [step for step in engine._instructions if step.op in COMPUTES]
     runs = [list(run) for _, run in groupby(computations, lambda step: (step.op, step.chunk))]
-    for chunk, layers in enumerate(engine._manual_layers):
+    for chunk, layers in enumerate(engine.manual_layers):
         run = next(run for run in reversed(runs) if run[0].chunk == chunk and run[0].op.value in ("BW", "W"))
         if run[0].op is not Op.WEIGHT_BACKWARD:
             continue

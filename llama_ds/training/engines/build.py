@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,8 @@ from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError
 from llama_ds.job.devices import BACKEND
 from llama_ds.layout.layout import Layout
+from llama_ds.log import logger
+from llama_ds.model.graphs import CudaGraphs, Graphs
 from llama_ds.parallel.backend import backend
 from llama_ds.parallel.deepspeed_check import check_device, check_values, refusals
 from llama_ds.parallel.initial_weights import broadcast_in_buckets
@@ -34,12 +37,14 @@ def build_engine(
     device: torch.device,
     marks: DocumentMarks = LLAMA_MARKS,
     trains: bool = True,
+    graphs: Graphs | None = None,
 ) -> Engine:
     """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective.
 
     Args:
         marks: those of the tokenizer.
         trains: False: the engine evaluates only. Without ZeRO-3 it then has neither masters nor gradients.
+        graphs: makes graphs for `parallel.cuda_graphs`; None: those of CUDA, and none on a CPU.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -60,6 +65,8 @@ def build_engine(
         keep_freed_memory()
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     parts = layer_parts(run, layout, dtype, device, marks)
+    if run.parallel.cuda_graphs and trains:
+        parts = replace(parts, graphs=graphs or _graphs_of(device))
     # DeepSpeed prints its topology and seeds to stdout, which is reserved for the run's own lines.
     with redirect_stdout(io.StringIO()), refusals(run.deepspeed_path), broadcast_in_buckets():
         if layout.pp == 1:
@@ -67,3 +74,10 @@ def build_engine(
         if run.parallel.schedule == STOCK_ENGINE:
             return build_stock(run, layout, config, parts)
         return build_pipelined(run, layout, config, parts, trains)
+
+
+def _graphs_of(device: torch.device) -> Graphs | None:
+    if device.type == "cuda":
+        return CudaGraphs()
+    logger.info("parallel.cuda_graphs: not on a %s, where decoder layers compute the same without", device.type)
+    return None

@@ -14,6 +14,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.rank_memory import keeps_fp8_weights
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.graphs import Graphs
 from llama_ds.model.llama import layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel import world
@@ -31,6 +32,7 @@ class LayerParts:
     dtype: torch.dtype
     trace: Trace
     dp_rank: int  # number of this rank's rows among the data-parallel ranks
+    graphs: Graphs | None = None  # makes those of the decoder layers; None: these are eager
 
 
 def layer_parts(

@@ -12,6 +12,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.model.decoder import Ids
+from llama_ds.model.graphed_layers import GraphedChunk
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.early_reads import issued, reading
 from llama_ds.parallel.pipeline import LlamaPipeline
@@ -53,6 +54,9 @@ def build_pipelined(
         if run.parallel.post_validation:
             engine.optimizer.validate_later()
         parts.context.weight_gradients.added = engine.optimizer.gradient_added
+    if parts.graphs is not None:
+        for chunk in engine.manual_layers:
+            GraphedChunk(chunk, parts.context.weight_gradients, parts.graphs)
     return PipelinedEngine(engine, parts)
 
 

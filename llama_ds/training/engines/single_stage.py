@@ -15,6 +15,7 @@ from torch import Tensor
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.model.embedding import Head
+from llama_ds.model.graphed_layers import GraphedChunk
 from llama_ds.model.llama import Llama
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import DecodePass
@@ -62,6 +63,9 @@ def build_single_stage(
     if updates:
         accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
         attach_optimizer(engine, run, layout)
+    if parts.graphs is not None:
+        layers = [layer for layer in module.layers if isinstance(layer, ManualBackwardLayer)]
+        GraphedChunk(layers, parts.context.weight_gradients, parts.graphs)
     return SingleStageEngine(engine, layout.accumulation, device, parts)
 
 
