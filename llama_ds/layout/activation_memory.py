@@ -12,6 +12,11 @@ All policies but full also save the attention's logsumexp: N H / tp elements of 
 weight gradients keeps both factors of their products from the input backward to the weight backward:
 
     deferred    4 N D + N ((H + 2 G) K + H K + 3 F) / tp
+
+The graphs of a layer (`model/graphed_layers.py`) hold in each slot what the policy saves and M D, the gradient of the
+input; where weight gradients are deferred also those factors that are not saved: 2 N F + N (H + 2 G) K + N D of
+gradients, with selective and full 2 N D + N F of inputs, with full N H K. A chunk adds M D, its output, and M D, the
+gradient of it. Where some backwards are split and others are not, both gradients count twice.
 """
 
 from __future__ import annotations
@@ -59,6 +64,21 @@ class LayerWork:
         queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         own = tokens * (2 * queries + 2 * keys + 3 * model.intermediate_size) // self.tp
         return (4 * tokens * model.hidden_size + own) * self.element_bytes
+
+    def slot_bytes(self, policy: str, deferred: bool, backwards: int = 1) -> int:
+        """Return the bytes that a layer's graphs hold for a micro-batch in flight, by the formulas above.
+
+        `backwards` is the number of kinds of backwards, of which one may defer weight gradients.
+        """
+        model, tokens = self.model, self.micro_batch * self.seq_len // self.cp
+        hidden, inner = model.hidden_size, model.intermediate_size
+        queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        numbers = backwards * hidden
+        if deferred:
+            numbers += 2 * inner + queries + 2 * keys + hidden
+            numbers += 0 if policy == "none" else 2 * hidden + inner
+            numbers += queries if policy == "full" else 0
+        return self.saved_bytes(policy) + tokens * numbers * self.element_bytes
 
     def joint_factor_bytes(self, micro_batches: int) -> int:
         """Return the bytes of the largest factors of a weight gradient that is computed for `micro_batches` at once."""

@@ -8,6 +8,9 @@ computed for several micro-batches at once. The buffers of pipeline messages com
 of the decoder layers' matrices where these stay in float8 through a step, once along each dimension, or of one layer's
 where gradients are sent in bf16: 4 where neighbours add them first. Muon's whole matrices take the place of activations
 and working memory, which its step follows.
+
+CUDA graphs have temporaries of their own, which nothing else uses. Beside them, the eager layer checks a graph, with
+two copies of a layer's gradients. Activations stay in place, also in Muon's step.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class RankMemory:
     optimizer: int
     working: int
     matrices: int  # held in the step of Muon instead of activations and working memory
+    graphed: bool = False  # whether activations are held all the time
 
     @property
     def fixed(self) -> int:
@@ -44,7 +48,11 @@ class RankMemory:
 
     def peak(self, activations: int) -> int:
         """Return the most that the rank holds at a time, with its saved `activations`."""
-        return self.fixed - self.working + max(self.working + activations, self.matrices)
+        return self.fixed - self.working + max(self.working + activations, self.in_muon(activations))
+
+    def in_muon(self, activations: int) -> int:
+        """Return what the rank holds in Muon's step beside weights, gradients and states; 0 without Muon."""
+        return self.matrices + (activations if self.graphed and self.matrices else 0)
 
 
 def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[RankMemory]:
@@ -66,19 +74,24 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         by_role = sum((parameters[stage] for stage in own), Counter())
         held = by_role.total()
         has_head = placement.stages - 1 in own
-        working = max(2 * work.saved_bytes("none"), head if has_head else 0, work.joint_factor_bytes(schedule.joint))
+        layer = max(2 * work.saved_bytes("none"), work.joint_factor_bytes(schedule.joint))
+        own_layers = max(1, sum(layers[stage] for stage in own))
+        working = max(layer, head if has_head else 0)
+        if run.parallel.cuda_graphs:
+            working = layer + max(layer + 8 * by_role[Role.HIDDEN_MATRIX] // own_layers, head if has_head else 0)
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
         copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0
         if run.adds_bf16_in_fp32:  # a layer on its way to the place of its gradients, or to neighbours in fp32
             sent = 4 if run.parallel.gradient_neighbours > 1 else 2
-            copies += sent * by_role[Role.HIDDEN_MATRIX] // max(1, sum(layers[stage] for stage in own))
+            copies += sent * by_role[Role.HIDDEN_MATRIX] // own_layers
         states = states_of(run.optimizer).nbytes(by_role, element_bytes)
         if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
             states += states + (element_bytes * held if element_bytes == 4 else 0)
         states //= layout.data_axis
         matrices = _matrices(run, layout, sum(layers[stage] for stage in own), element_bytes)
-        found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages + copies, matrices))
+        working, graphed = working + messages + copies, run.parallel.cuda_graphs
+        found.append(RankMemory(element_bytes * held, 4 * held, states, working, matrices, graphed))
     return found
 
 

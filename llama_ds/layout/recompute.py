@@ -19,7 +19,8 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.partition import decoder_layers, stage_boundaries
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import layer_work, rank_memory
-from llama_ds.schedules.schedule import Held
+from llama_ds.schedules.schedule import DEFERRING, Held
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 USABLE = 0.92  # usable share of device memory; the driver, NCCL and fragmentation take the rest
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
@@ -45,7 +46,7 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
     wanted = parse(run.parallel.recompute) or Recompute(("none",))
     if run.parallel.recompute == AUTO:
         raise ValueError("recompute: auto needs the device's memory; call with_device_memory() first")
-    work = layer_work(run, layout, element_bytes)
+    work, graphed = layer_work(run, layout, element_bytes), _graphed_backwards(run)
     schedule = schedule_of(run, layout)
     counts, placement = decoder_layers(stage_boundaries(run)), schedule.placement
     fixed = [] if wanted.device_bytes is None else [r.fixed for r in rank_memory(run, layout, element_bytes)]
@@ -61,21 +62,51 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
                 assert wanted.device_bytes is not None
                 room = int(wanted.device_bytes * USABLE) - fixed[rank]
             own = [(schedule.held[rank][c], counts[placement.stage(rank, c)]) for c in range(placement.chunks)]
-            least = [kept_bytes(work, {"full": n}, at) for at, n in own]
+            least = [kept_bytes(work, {"full": n}, at, graphed) for at, n in own]
             if sum(least) > room:
                 raise _too_little(run, rank, sum(least), room)
             shares = [_in_flight(at) * n for at, n in own]
             budget = least[chunk] + (room - sum(least)) * shares[chunk] // sum(shares)
-            policies = _fit(work, layers, held, budget)
-        stages.append(StagePolicies(policies, _in_flight(held), kept_bytes(work, Counter(policies), held)))
+            policies = _fit(work, layers, held, budget, graphed)
+        kept = kept_bytes(work, Counter(policies), held, graphed)
+        stages.append(StagePolicies(policies, _in_flight(held), kept))
     return stages
 
 
-def kept_bytes(work: LayerWork, policies: Mapping[str, int], held: Sequence[Held]) -> int:
-    """Return the peak bytes that a stage saves, given its number of layers by policy and its micro-batches held."""
-    saved = sum(work.saved_bytes(policy) * count for policy, count in policies.items())
-    deferred = work.deferred_wgrad_bytes() * sum(policies.values())
-    return max(at.to_backward * saved + at.to_weights * deferred for at in held)
+def kept_bytes(work: LayerWork, policies: Mapping[str, int], held: Sequence[Held], graphed: int = 0) -> int:
+    """Return the peak bytes that a stage saves, given its number of layers by policy and its micro-batches held.
+
+    With CUDA graphs, of `graphed` kinds of backwards, it keeps as much for each of the most micro-batches in flight.
+    """
+    one = _Sizes.of(work, held, graphed)
+    saved = sum(one.saved[policy] * count for policy, count in policies.items())
+    deferred = one.deferred * sum(policies.values())
+    return one.ends + max(at.to_backward * saved + at.to_weights * deferred for at in one.held)
+
+
+def _graphed_backwards(run: RunConfig) -> int:
+    """Return how many kinds of backwards have CUDA graphs: whole ones, split ones, or both; 0 without graphs."""
+    parallel = run.parallel
+    mixed = parallel.pp > 1 and parallel.schedule in DEFERRING and parallel.schedule not in V_SCHEDULES
+    return parallel.cuda_graphs * (2 if mixed and parallel.joint_weight_gradients == 1 else 1)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes that the layers of a stage keep for a micro-batch."""
+
+    saved: dict[str, int]  # of a layer between its forward and backward, by policy
+    deferred: int  # of a layer between input and weight backward
+    held: Sequence[Held]  # micro-batches
+    ends: int = 0  # of all layers together
+
+    @classmethod
+    def of(cls, work: LayerWork, held: Sequence[Held], graphed: int) -> _Sizes:
+        if not graphed:
+            return cls({policy: work.saved_bytes(policy) for policy in POLICIES}, work.deferred_wgrad_bytes(), held)
+        slots, deferred = _in_flight(held), any(at.to_weights for at in held)
+        saved = {policy: work.slot_bytes(policy, deferred, graphed) for policy in POLICIES}
+        return cls(saved, 0, [Held(slots, 0)], (1 + graphed) * slots * work.saved_bytes("full"))
 
 
 def _in_flight(held: Sequence[Held]) -> int:
@@ -110,15 +141,15 @@ def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
     )
 
 
-def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tuple[str, ...]:
+def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int, graphed: int) -> tuple[str, ...]:
     """Return the policies of a stage's equal layers with the least recompute within `budget` bytes, by full search."""
-    saved = {policy: work.saved_bytes(policy) for policy in POLICIES}
+    one = _Sizes.of(work, held, graphed)
     repeated = {policy: work.recomputed_flops(policy) for policy in POLICIES}
-    deferred = layers * work.deferred_wgrad_bytes()
+    deferred, room = layers * one.deferred, budget - one.ends
 
     def fits(counts: Mapping[str, int]) -> bool:
-        kept = sum(saved[policy] * count for policy, count in counts.items())
-        return all(at.to_backward * kept + at.to_weights * deferred <= budget for at in held)
+        kept = sum(one.saved[policy] * count for policy, count in counts.items())
+        return all(at.to_backward * kept + at.to_weights * deferred <= room for at in one.held)
 
     if fits({"none": layers}):
         return ("none",) * layers

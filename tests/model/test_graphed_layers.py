@@ -14,9 +14,12 @@ from torch import Tensor
 
 from llama_ds.config.recompute import POLICIES
 from llama_ds.errors import UserError
+from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.recompute import kept_bytes
 from llama_ds.model import graphed_layers, manual_backward, weight_gradients
 from llama_ds.model.graphed_layers import GraphedChunk
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.schedules.schedule import Held
 from tests.emulated_graphs import EmulatedGraphs
 from tests.model.test_manual_backward import SHAPES, context_for
 
@@ -115,6 +118,28 @@ def test_graphs_are_captured_once_for_each_micro_batch_in_flight() -> None:
     for step in range(2):
         chunk.step(SPLIT, step)
     assert graphs.captures == first and graphs.replays == replays + 2 * LAYERS * len(SPLIT)
+
+
+@pytest.mark.parametrize("passes", [TWO_IN_FLIGHT, JOINT], ids=["whole", "deferred"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_slots_hold_what_the_cost_table_says(policy: str, passes: list[str]) -> None:
+    chunk = graphed(Chunk("grouped_query", policy))
+    passes = [one for one in passes if one[0] != "B"] if passes is JOINT else passes
+    chunk.step(passes)
+    held: dict[int, int] = {}
+    slots = [slot for layer in chunk.layers if layer.graphs for slot in layer.graphs._slots.values()]
+    for slot in slots:
+        for found in slot.backwards.values():
+            for tensor in (
+                slot.x,
+                slot.y,
+                *graphed_layers._floats([slot.saved, found.grad_y, found.grad_x, found.work]),
+            ):
+                held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    work = LayerWork(SHAPES["grouped_query"], TOKENS, ROWS, element_bytes=4)
+    at_once = Held(len(slots) // LAYERS, int(passes is not TWO_IN_FLIGHT))
+    flights = [at_once._replace(to_backward=at_once.to_backward - at_once.to_weights)]
+    assert sum(held.values()) == kept_bytes(work, {policy: LAYERS}, flights, graphed=1)
 
 
 def test_validation_is_eager_and_uses_no_slot() -> None:

@@ -141,6 +141,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "post_validation": parallel.post_validation,
         "tp_chunks": parallel.tp_chunks,
         "joint_weight_gradients": parallel.joint_weight_gradients,
+        "cuda_graphs": parallel.cuda_graphs,
         "zero_stage": found.run.zero_stage,
         "recompute": [dict(counts) for counts in step.job.stages],
         "step_s": step.seconds,
@@ -190,6 +191,7 @@ def report(found: Estimate) -> str:
         f"{f' with {parallel.virtual_stages} stages a rank' if parallel.virtual_stages > 1 else ''}"
         f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}"
         f"{f', {joint} weight gradients at a time' if (joint := parallel.joint_weight_gradients) > 1 else ''}"
+        f"{', layers as CUDA graphs' if parallel.cuda_graphs else ''}"
         f"{', steps begin before the norm' if parallel.post_validation else ''}"
         f"{cut}, ZeRO-{found.run.zero_stage}",
         f"  batch          {layout.global_batch:,} rows of {found.run.data.seq_len:,} = dp {layout.dp} x micro-batch "

@@ -65,6 +65,7 @@ class StepJob:
     joint: int = 1  # micro-batches whose weight gradients are one product: `parallel.joint_weight_gradients`
     exchanged: int = 0  # ranks that add gradients before owners get and add bf16; 0: gradients are reduce-scattered
     assumed_joint_share: float | None = None  # `joint_share` of all stages before the schedule has an order
+    cuda_graphs: bool = False  # of the decoder layers
     planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
@@ -204,6 +205,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         fp8=run.compute.fp8,
         fp8_weight_gradients=run.compute.fp8_weight_gradients,
         exchanged=run.parallel.gradient_neighbours if run.adds_bf16_in_fp32 else 0,
+        cuda_graphs=run.parallel.cuda_graphs,
         planned=planned_rows(run),
     )
 

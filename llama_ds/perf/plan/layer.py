@@ -7,7 +7,7 @@ launches kernels ahead of the GPU, so a stage takes the longer of host time and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from llama_ds.layout.joint_products import copied_bytes, multiplied_jointly
@@ -28,6 +28,11 @@ from llama_ds.perf.plan.job import OP, StepJob
 from llama_ds.perf.plan.kernel_speeds import relative_speed
 from llama_ds.perf.plan.program import MemoryTraffic, Program
 from llama_ds.perf.plan.row_sharing import RowSharing, shared_attention
+
+# Host time of a layer's passes as CUDA graphs (`model/graphed_layers.py`), in kernel launches: a forward has autograd's
+# call, the check of the weights' addresses and the launch; a backward two calls, as weight gradients may be deferred,
+# copies of two gradients of norms and their sums, and the announcement of seven matrices. Counted, not measured.
+GRAPH_FORWARD, GRAPH_BACKWARD = 3, 9
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,19 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str, joint_share: float = 0.
     sizes = job.micro_batch, job.seq_len, job.tp
     rest = job.sequence_parallel, policy, job.sharing, job.split_share, job.attended
     fp8 = job.fp8, job.fp8_weight_gradients, job.fp8_weight_uses
-    return _layer(gpu, job.program, shape, *sizes, *rest, fp8, job.tp_chunks, (job.joint, joint_share))
+    found = _layer(gpu, job.program, shape, *sizes, *rest, fp8, job.tp_chunks, (job.joint, joint_share))
+    return _launched_at_once(gpu, found) if job.cuda_graphs and not gpu.host_computes else found
+
+
+def _launched_at_once(gpu: Hardware, time: LayerTime) -> LayerTime:
+    """Return the times of a layer whose passes are CUDA graphs, which also hold its recompute."""
+    launch = gpu.calibration.launch_us * 1e-6
+    return replace(
+        time,
+        forward=replace(time.forward, host=launch * GRAPH_FORWARD),
+        recompute=replace(time.recompute, host=0.0),
+        input_backward=replace(time.input_backward, host=launch * GRAPH_BACKWARD),
+    )
 
 
 @lru_cache(maxsize=100_000)

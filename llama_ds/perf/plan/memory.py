@@ -39,7 +39,7 @@ class Memory:
     activations: float  # saved between forward and backward, for all micro-batches in flight
     working: float  # temporaries of a layer or the head, and message buffers
     margin: float  # driver, communication library, fragmentation
-    matrices: float = 0.0  # whole matrices in Muon's step, when activations and temporaries are gone
+    matrices: float = 0.0  # whole matrices in Muon's step, when activations are gone (CUDA graphs': with them)
 
     @property
     def kept(self) -> float:
@@ -87,7 +87,7 @@ def run_memory(
         gradients = held.gradients / (layout.data_axis if zero >= 2 else 1) + (gathered if zero >= 2 else 0)
         optimizer = held.optimizer * (1 if zero else layout.data_axis)
         working, margin = held.working + gathered, (1 - USABLE) * device_bytes
-        found.append(Memory(weights, gradients, optimizer, kept, working, margin, held.matrices))
+        found.append(Memory(weights, gradients, optimizer, kept, working, margin, held.in_muon(kept)))
     return found
 
 

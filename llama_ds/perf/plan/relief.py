@@ -111,6 +111,8 @@ def _by_cost(run: RunConfig, layout: Layout) -> Iterator[tuple[str, RunConfig]]:
         yield set_to(sequence_parallel=True)
     if parallel.joint_weight_gradients > 1:
         yield set_to(joint_weight_gradients=1)
+    if parallel.cuda_graphs:
+        yield set_to(cuda_graphs=False)
     if parallel.post_validation:  # without the second copy of masters and moments
         yield set_to(post_validation=False)
     zero = run.zero_stage

@@ -3,13 +3,14 @@
 The trainer's own rules (`config`) decide which layouts are legal, its own memory model (`layout`) which ones fit. The
 lower bound of a layout is the busiest rank's work with its pipeline fill and drain; layouts with a bound above the best
 result are not simulated. Of what does not change a layout's ranks, the search chooses the chunks of tensor-parallel
-collectives, single or joint weight gradients where they are deferred, and the zero-bubble V (`v_search.py`).
+collectives, single or joint weight gradients where they are deferred, the zero-bubble V (`v_search.py`), and CUDA
+graphs for layers of launch-bound stages.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, group_ranks
@@ -21,6 +22,7 @@ from llama_ds.perf.plan.bound import lower_bound
 from llama_ds.perf.plan.candidate import Candidate, Rejected, candidate, reject
 from llama_ds.perf.plan.estimate import Estimate, check_peak
 from llama_ds.perf.plan.hardware import Hardware
+from llama_ds.perf.plan.step import StageTime, stage_times
 from llama_ds.perf.plan.v_search import PAIR, Ordering, VSize, v_sizes
 from llama_ds.schedules.schedule import DEFERRING
 from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
@@ -249,7 +251,24 @@ def _bounded(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Reje
     bound = lower_bound(gpu, fitting.job)
     if _tries_pairs(fitting):
         bound = min(bound, lower_bound(gpu, replace(fitting.job, joint=PAIR)))
+    if _launch_bound(gpu, stage_times(gpu, fitting.job)):
+        bound = min(bound, lower_bound(gpu, replace(fitting.job, cuda_graphs=True)))
     return _Bounded(fitting, bound)
+
+
+def _launch_bound(gpu: Hardware, stages: Iterable[StageTime]) -> bool:
+    return not gpu.host_computes and any(stage.launch_bound for stage in stages)
+
+
+def _with_graphs(gpu: Hardware, found: Estimate) -> Estimate:
+    """Return the layout with CUDA graphs if it is launch-bound, they are possible, fit, and pay; else as it is."""
+    if not _launch_bound(gpu, found.step.stages):
+        return found
+    run = replace(found.run, parallel=replace(found.run.parallel, cuda_graphs=True))
+    graphed = candidate(run, found.layout.world, gpu, {})
+    if graphed is None:
+        return found
+    return min(found, graphed.estimate(gpu), key=lambda each: each.step.seconds)
 
 
 def _tries_pairs(fitting: Candidate) -> bool:
@@ -273,6 +292,7 @@ def _simulate(one: _Bounded | VSize, gpu: Hardware, found: SearchResult, worst: 
             pairs = candidate(run, one.fitting.layout.world, gpu, {})
             tried += [pairs] if pairs else []
         result = min((each.estimate(gpu) for each in tried), key=lambda each: each.step.seconds)
+    result = _with_graphs(gpu, result)
     found.simulated += 1
     schedule = result.run.parallel.schedule if result.layout.pp > 1 else "no pipeline"
     found.points.append((schedule, result.layout.pp, result.peak_bytes / GIB, result.step.tokens_per_second))

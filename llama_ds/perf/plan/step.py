@@ -47,6 +47,12 @@ class StageTime:
         """All passes together."""
         return self.forward + self.recompute + self.input_backward + self.weight_backward
 
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the host takes longer to launch a pass than the GPU to run it."""
+        back = self.recompute + self.input_backward + self.weight_backward
+        return any(part.host > part.device for part in (self.forward, back))
+
     def cost(self, launch_blocking: bool = False) -> StageCost:
         """Return the costs for the simulation: the longer of GPU and host time, with recompute in the backward."""
         join = sum if launch_blocking else max
@@ -127,12 +133,25 @@ def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
             pieces.append((head_time(gpu, job), 1))
         # Beside the gather of the gradient that a stage receives, nothing is computed.
         received = max((piece.ahead for piece, n in pieces if n), default=0.0)
-        totals = [_host(gpu, job, stage), Parts(), _host(gpu, job, stage) + Parts(tensor=received), Parts()]
+        outside = [_host(gpu, job, stage) + copies for copies in _graph_copies(gpu, job)]
+        totals = [outside[0], Parts(), outside[1] + Parts(tensor=received), Parts()]
         for piece, n in pieces:
             parts = (piece.forward, piece.recompute, piece.input_backward, piece.weight_backward)
             totals = [total + part * n for total, part in zip(totals, parts, strict=True)]
         known[key] = StageTime(*totals)
     return tuple(known[key] for key in keys)
+
+
+def _graph_copies(gpu: Hardware, job: StepJob) -> tuple[Parts, Parts]:
+    """Return the copies at the ends of a stage whose layers are CUDA graphs: input, and gradients of both ends."""
+    if not job.cuda_graphs or gpu.host_computes:
+        return Parts(), Parts()
+    launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
+    moved = 2.0 * job.program.element_bytes * job.tokens * job.model.hidden_size
+    return (
+        Parts(pointwise=start + pointwise(gpu, moved), host=launch),
+        Parts(pointwise=2 * (start + pointwise(gpu, moved, "backward")), host=2 * launch),
+    )
 
 
 def _host(gpu: Hardware, job: StepJob, stage: int) -> Parts:

@@ -119,12 +119,14 @@ def ranked(position: int, item: Estimate) -> list[str]:
 
 def _schedule(item: Estimate) -> str:
     parallel = item.run.parallel
+    graphs = " graphs" if parallel.cuda_graphs else ""
     if parallel.pp == 1:
-        return "-"
+        return graphs.strip() or "-"
     words = f"{parallel.schedule} x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else parallel.schedule
     words += f" +{parallel.extra_warmup}" if parallel.extra_warmup else ""
     words += " early" if parallel.post_validation else ""
-    return words + (f" joint {parallel.joint_weight_gradients}" if parallel.joint_weight_gradients > 1 else "")
+    words += f" joint {parallel.joint_weight_gradients}" if parallel.joint_weight_gradients > 1 else ""
+    return words + graphs
 
 
 def _shared(item: Estimate) -> str:

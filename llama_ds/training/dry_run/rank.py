@@ -109,12 +109,12 @@ def planned_memory(run: RunConfig, layout: Layout, element_bytes: int, pp_rank: 
     held = rank_memory(run, layout, element_bytes)[pp_rank]
     stages = stage_policies(run, layout, element_bytes)
     kept = sum(stages[stage].saved_bytes for stage in stages_of(run, layout, pp_rank))
-    in_muon = held.matrices > kept + held.working
+    in_muon = held.in_muon(kept) > kept + held.working
     return {
         WEIGHTS: held.weights,
         GRADIENTS: held.gradients,
         OPTIMIZER: held.optimizer,
-        ACTIVATIONS: 0 if in_muon else kept,
+        ACTIVATIONS: 0 if in_muon and not held.graphed else kept,
         WORKING: held.matrices if in_muon else held.working,
     }
 

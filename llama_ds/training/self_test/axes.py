@@ -118,6 +118,8 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
         yield "parallel.schedule=1f1b", without_schedule(small)
     if parallel.joint_weight_gradients > 1:
         yield "parallel.joint_weight_gradients=1", of("parallel", joint_weight_gradients=1)
+    if parallel.cuda_graphs:
+        yield "parallel.cuda_graphs=false", of("parallel", cuda_graphs=False)
     if parallel.gradient_neighbours > 1:
         yield "parallel.gradient_neighbours=1", of("parallel", gradient_neighbours=1)
     if run.reduces_in_bf16:
