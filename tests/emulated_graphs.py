@@ -9,13 +9,14 @@ of the pool would, and that of its results until the first one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from llama_ds.model.graphs import tensors_of
 
 T = TypeVar("T")
 _WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")  # for the device
@@ -25,6 +26,8 @@ _POISON = 0xFF  # NaN in every floating-point dtype, -1 in signed integers
 
 class EmulatedGraphs:
     """Counts captures and replays."""
+
+    computes = True
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -84,7 +87,7 @@ class _Recording(TorchDispatchMode):
         """Undo what the capture computed. Only tensors in `result` keep their memory."""
         for storage, before in self._before.values():
             storage.copy_(before)
-        kept = {tensor.untyped_storage()._cdata for tensor in _tensors(result)}
+        kept = {tensor.untyped_storage()._cdata for tensor in tensors_of(result)}
         self._temporary = [storage for key, storage in self._own.items() if key not in kept]
         for storage in self._own.values():
             storage.fill_(_POISON)
@@ -113,11 +116,4 @@ def _written(schema: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, dictionaries and dataclasses."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, part.name) for part in fields(value)]
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _tensors(leaf)
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -280,6 +280,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
             (init, "normal_shard", _unset_shard),
             (Tensor, "record_stream", lambda tensor, stream: cuda.record_stream(tensor, stream)),
             (nn.Module, "to", _move),
+            # Addresses tell tensors apart, and those of fake ones are all 0.
+            (FakeTensor, "data_ptr", lambda x: x.untyped_storage()._cdata + x.storage_offset() * x.itemsize),
             (FakeTensor, "tolist", lambda self: cuda.read(self, [0] * self.numel())),
             (FakeTensor, "item", lambda self: cuda.read(self, 1.0 if self.is_floating_point() else 1)),
             (FakeTensor, "__bool__", lambda self: cuda.read(self, False)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from dataclasses import fields, is_dataclass
+from types import NoneType
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 Replay = Callable[[], None]
@@ -14,6 +17,8 @@ Replay = Callable[[], None]
 
 class Graphs(Protocol):
     """Makes graphs that share memory for temporaries, and so are replayed one after the other, on one stream."""
+
+    computes: bool  # False: tensors have no values, as in a dry run
 
     def capture(self, function: Callable[[], T]) -> tuple[T, Replay]:
         """Record the device's work of `function` without doing it; return its result and a call that does the work.
@@ -28,6 +33,8 @@ class Graphs(Protocol):
 
 class CudaGraphs:
     """Graphs of the current CUDA device, with one memory pool that nothing else uses."""
+
+    computes = True
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -47,3 +54,17 @@ class CudaGraphs:
                 raise
             graph.capture_end()
         return result, graph.replay
+
+
+def tensors_of(result: Any, without: type[Any] = NoneType) -> Iterator[Tensor]:
+    """Yield the tensors in the result of a graph, in lists, tuples and dataclasses, but not those in `without`."""
+    if isinstance(result, without):
+        return
+    if isinstance(result, Tensor):
+        yield result
+    elif is_dataclass(result) and not isinstance(result, type):
+        for part in fields(result):
+            yield from tensors_of(getattr(result, part.name), without)
+    elif isinstance(result, (list, tuple)):
+        for item in result:
+            yield from tensors_of(item, without)

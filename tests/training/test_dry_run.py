@@ -157,6 +157,29 @@ def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
         assert rank["memory_total"] == pytest.approx(plan.total, rel=0.03)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [("parallel.recompute=selective",), ("parallel.schedule=zb_v", "parallel.virtual_stages=2")],
+    ids=["1f1b", "zb_v"],
+)
+def test_memory_of_graphs_is_what_the_planner_says(more: tuple[str, ...], run_file: Path) -> None:
+    """Slots for the micro-batches in flight, temporaries of their own, and the check of a graph by the eager layer.
+
+    The most is held during the check of one of the last graphs, and the plan counts the memory of all of them.
+    """
+    settings = [*SEVEN_B[:-6], *("parallel.pp=2", "parallel.cuda_graphs=true", "training.global_batch=8"), *more]
+    settings += ["model.num_hidden_layers=8"]
+    run = load_run(str(run_file), settings)
+    layout = resolve_layout(run, 2)
+    planned = run_memory(run, layout, stage_policies(run, layout, 2), device_bytes=0)
+    for rank in report(run_file, *settings, "--world", 2, "--rank", "0,1")["ranks"]:
+        memory, plan = rank["memory"], planned[rank["pp_rank"]]
+        assert 0.95 * plan.activations < memory["activations"] <= plan.activations
+        assert 0.4 * plan.working < memory["working"] <= plan.working
+        assert rank["memory_total"] == pytest.approx(plan.total, rel=0.1)
+
+
 @pytest.mark.parametrize("neighbours", [1, 2])
 def test_layers_on_their_way_in_bf16_are_counted(neighbours: int, run_file: Path) -> None:
     """`recompute: auto` would fill their room with activations."""

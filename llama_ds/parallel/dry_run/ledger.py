@@ -68,6 +68,7 @@ class Ledger(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.peak_bytes = 0
         self.total = 0
+        self.high = 0  # the most in total since it was set
         self.most_matrices = 0  # the most bytes of MATRICES at a time
         self._held: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # bytes, category and storage, by address
         self._groups: dict[str, tuple[int, ...]] = {}
@@ -156,7 +157,10 @@ class Ledger(TorchDispatchMode):
         self._look()
 
     def _look(self) -> None:
-        if self.total > self.peak_bytes and not self._fused:
+        if self._fused:
+            return
+        self.high = max(self.high, self.total)
+        if self.total > self.peak_bytes:
             self.peak_bytes, self.peak = self.total, dict(self.now)
 
     def _release(self, key: int) -> None:

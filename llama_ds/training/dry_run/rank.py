@@ -20,6 +20,7 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, stage_policies
 from llama_ds.parallel.dry_run.fake_world import fake_world
+from llama_ds.parallel.dry_run.graphs import DryGraphs
 from llama_ds.parallel.dry_run.holdings import parameter_counts, sort_holdings
 from llama_ds.parallel.dry_run.ledger import (
     ACTIVATIONS,
@@ -52,7 +53,7 @@ def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
     run, layout = task.run, task.layout
     ledger, new_groups = Ledger(), hashlib.sha256()
     with fake_world(rank_info, task.backend, ledger, lambda ranks: new_groups.update(repr(ranks).encode())):
-        engine = build_engine(run, layout, task.config, torch.device("cpu"))
+        engine = build_engine(run, layout, task.config, torch.device("cpu"), graphs=DryGraphs(ledger))
         sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer))
         building = ledger.calls
         ledger.restart()
