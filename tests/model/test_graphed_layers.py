@@ -18,6 +18,7 @@ from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.recompute import kept_bytes
 from llama_ds.model import graphed_layers, manual_backward, weight_gradients
 from llama_ds.model.graphed_layers import GraphedChunk
+from llama_ds.model.graphs import CudaGraphs, Graphs
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.schedules.schedule import Held
 from tests.emulated_graphs import EmulatedGraphs
@@ -35,9 +36,12 @@ JOINT = ["F0", "F1", "I0", "W0", "F2", "I1", "F3", "I2", "W1 2", "I3", "W3"]
 class Chunk:
     """Layers with fp32 buffers for the gradients of their matrices."""
 
-    def __init__(self, shape: str, policy: str, buffers: bool = True) -> None:
-        context = context_for(SHAPES[shape])
-        self.layers = [ManualBackwardLayer(context, i, policy) for i in range(LAYERS)]
+    def __init__(self, shape: str, policy: str, buffers: bool = True, device: str = "cpu") -> None:
+        context = context_for(SHAPES[shape], "sdpa" if device == "cpu" else "reference")
+        self.device = device
+        self.layers = [ManualBackwardLayer(context, i, policy).to(device) for i in range(LAYERS)]
+        for layer in self.layers:
+            layer.lay_weights_together()
         self.parameters = [p for layer in self.layers for p in layer.parameters()]
         self.gradients = context.weight_gradients
         self.sums = {id(p): torch.zeros_like(p) for p in self.parameters}
@@ -57,7 +61,7 @@ class Chunk:
                     layer.run_deferred_wgrad(int(numbers[1]) if len(numbers) > 1 else 1)
                 continue
             generator = torch.Generator().manual_seed(10 * seed + int(numbers[0]))
-            x, grad = torch.randn(2, rows, TOKENS, 32, generator=generator)
+            x, grad = torch.randn(2, rows, TOKENS, 32, generator=generator).to(self.device)
             if kind == "F":
                 inputs[numbers[0]] = x.requires_grad_()
                 for layer in self.layers:
@@ -79,7 +83,7 @@ class Chunk:
         return found
 
 
-def graphed(chunk: Chunk, graphs: EmulatedGraphs | None = None) -> Chunk:
+def graphed(chunk: Chunk, graphs: Graphs | None = None) -> Chunk:
     GraphedChunk(chunk.layers, chunk.gradients, graphs or EmulatedGraphs())
     return chunk
 
@@ -98,6 +102,14 @@ def assert_same_bits(chunk: Chunk, eager: Chunk, passes: list[str]) -> None:
 def test_graphs_compute_the_same_bits(policy: str, passes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_gradients, "multiplied_jointly", lambda tokens, outputs, inputs, *_: outputs > inputs)
     assert_same_bits(graphed(Chunk("grouped_query", policy)), Chunk("grouped_query", policy), passes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("passes", [ONE_AT_A_TIME, TWO_IN_FLIGHT, SPLIT, JOINT], ids=["1", "2", "split", "joint"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_graphs_of_a_gpu_compute_the_same_bits(policy: str, passes: list[str]) -> None:
+    chunk, eager = (Chunk("grouped_query", policy, device="cuda") for _ in range(2))
+    assert_same_bits(graphed(chunk, CudaGraphs()), eager, passes)
 
 
 @pytest.mark.parametrize("shape", ["biases", "qkv_bias_and_norms"])
