@@ -51,7 +51,7 @@ class _Operator(NamedTuple):
     args: Any
     kwargs: Any
     new: list[tuple[int, Tensor]]  # results with memory of their own, by number
-    precision: str  # which library multiplies on a CPU (`model/cpu_products.py`)
+    precision: str  # decides which library multiplies on a CPU (`model/cpu_products.py`)
 
 
 class _Recording(TorchDispatchMode):

@@ -95,10 +95,10 @@ def _graphed_backwards(run: RunConfig) -> int:
 class _Sizes:
     """Bytes that the layers of a stage keep for a micro-batch."""
 
-    saved: dict[str, int]  # of a layer between its forward and backward, by policy
-    deferred: int  # of a layer between input and weight backward
+    saved: dict[str, int]  # a layer's between its forward and backward, by policy
+    deferred: int  # a layer's between input and weight backward
     held: Sequence[Held]  # micro-batches
-    ends: int = 0  # of all layers together
+    ends: int = 0  # the sum for all layers
 
     @classmethod
     def of(cls, work: LayerWork, held: Sequence[Held], graphed: int) -> _Sizes:

@@ -44,7 +44,7 @@ class _Backward:
 
     grad_y: Tensor
     grad_x: Tensor
-    grads: list[Tensor | None]  # of the parameters in order
+    grads: list[Tensor | None]  # gradients of the parameters in order
     work: list[Work]  # deferred weight gradients
     added: list[Added]
     replay: Replay
@@ -67,7 +67,7 @@ class GraphedChunk:
     def __init__(self, layers: Sequence[ManualBackwardLayer], gradients: WeightGradients, graphs: Graphs) -> None:
         """Let `layers` compute by `graphs` in training. Their weights must stay where they are."""
         self.gradients, self.graphs = gradients, graphs
-        self.slot = -1  # that of the forward which runs
+        self.slot = -1  # slot of the running forward
         self._count = 0
         self._free: deque[int] = deque()
         self._users: dict[int, int] = {}  # layers that still use a slot
@@ -110,7 +110,7 @@ class GraphedLayer:
         self._slots: dict[int, _Forward] = {}
         self._deferred: deque[int] = deque()  # slots whose weight gradients are to be computed
         self._weight_graphs: dict[tuple[int, ...], tuple[list[Added], Replay]] = {}
-        self._addresses: list[int] = []  # of the weights, since the first capture
+        self._addresses: list[int] = []  # addresses of the weights at the first capture
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""

@@ -86,7 +86,7 @@ class Case:
     fp8: str = "off"
     fp8_weight_gradients: bool = False
     bf16_sums: int = 0  # neighbours that add gradients before they travel in bf16; 0: these travel in fp32
-    cuda_graphs: bool = False  # of decoder layers, emulated
+    cuda_graphs: bool = False  # emulated
     through_host: bool = False  # messages, as between ranks that share a GPU
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 

@@ -65,7 +65,7 @@ class StepJob:
     joint: int = 1  # micro-batches whose weight gradients are one product: `parallel.joint_weight_gradients`
     exchanged: int = 0  # ranks that add gradients before owners get and add bf16; 0: gradients are reduce-scattered
     assumed_joint_share: float | None = None  # `joint_share` of all stages before the schedule has an order
-    cuda_graphs: bool = False  # of the decoder layers
+    cuda_graphs: bool = False  # whether decoder layers are launched as graphs
     planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
