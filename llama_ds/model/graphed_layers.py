@@ -169,7 +169,8 @@ class GraphedLayer:
         self._chunk.discard_forwards()
 
     def _capture_forward(self, slot: int, x: Tensor) -> _Forward:
-        logger.info("parallel.cuda_graphs: capturing %s for micro-batch %d in flight", self._name, slot + 1)
+        if self.below is None:
+            logger.info("parallel.cuda_graphs: capturing layers from %s on, slot %d", self._name, slot)
         static = torch.empty_like(x) if self.below is None else self.below._slots[slot].y
 
         def compute(x: Tensor) -> tuple[Tensor, Saved]:
@@ -245,6 +246,8 @@ class GraphedLayer:
         expected = eager()
         try:
             result, replay = self._chunk.graphs.capture(lambda: compute(static))
+        except torch.OutOfMemoryError:  # explained by what the rank holds
+            raise
         except RuntimeError as error:
             raise self._refusal(f"cannot be captured ({str(error).splitlines()[0]})", what) from None
         place()

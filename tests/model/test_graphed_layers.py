@@ -237,6 +237,17 @@ def test_a_layer_that_waits_for_the_device_is_refused(monkeypatch: pytest.Monkey
     refused(lambda: chunk.step(ONE_AT_A_TIME), r"decoder layer 0 cannot be captured \(operation not permitted [^)]*\)")
 
 
+def test_a_lack_of_memory_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer explains it by what the rank holds."""
+
+    def capture(self: EmulatedGraphs, function: Callable[[], T]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EmulatedGraphs, "capture", capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed(Chunk("grouped_query", "none")).step(ONE_AT_A_TIME)
+
+
 class Wrong(EmulatedGraphs):
     """Adds `size` to one element of what the graph of a number computes: a result, or else `buffer`."""
 
