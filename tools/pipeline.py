@@ -46,9 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(race, __doc__, EXAMPLES)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run file overrides, for another shape")
-    run_file = "ds_configs/quickstart.yaml"
-    parser.add_argument("--run", dest="run_file", default=run_file, help="run file (default: %(default)s)")
+    words = "run file overrides, for another shape; also parallel.KEY and deepspeed.KEY that no option here sets"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=words)
+    words = "run file, without its parallel and deepspeed (default: %(default)s)"
+    parser.add_argument("--run", dest="run_file", default="ds_configs/quickstart.yaml", help=words)
     parser.add_argument("--pp", type=whole(), default=4)
     parser.add_argument("--tp", type=whole(), default=1)
     parser.add_argument("--dp", type=whole(), default=1)

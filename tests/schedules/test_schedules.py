@@ -318,6 +318,14 @@ def test_extra_warmup_hides_slow_links() -> None:
         Schedule("interleaved", 4, 8, 2, 1)
 
 
+@pytest.mark.parametrize("ranks, micro_batches", [(2, 4), (3, 8), (4, 8), (8, 16)])
+@pytest.mark.parametrize("message", [0.0, 0.5, 1.0])
+def test_h1_with_an_extra_forward_waits_for_one_way_only(ranks: int, micro_batches: int, message: float) -> None:
+    """Messages delay the step's first or last computation of each rank, and weight gradients fill the other wait."""
+    length = simulate(Schedule("zb_h1", ranks, micro_batches, 1, 1), EQUAL, message).length
+    assert length == pytest.approx(3 * micro_batches + (ranks - 1) * (1 + message))
+
+
 def test_one_link_carries_one_message_at_a_time() -> None:
     """The first rank sends two activations within one unit; the second arrives a transfer after the first."""
     timeline = simulate(Schedule("1f1b", 3, 2), EQUAL, transfer=5.0)
@@ -338,10 +346,11 @@ def test_the_share_of_split_backwards_is_counted(name: str, chunks: int, extra: 
     assert (split > 0) is (name != "interleaved")
 
 
-def test_h1_holds_no_more_than_1f1bs_first_rank() -> None:
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_h1_holds_no_more_than_1f1bs_first_rank(extra: int) -> None:
     for ranks, micro_batches in [(2, 8), (4, 8), (8, 3)]:
-        stock = max(Schedule("1f1b", ranks, micro_batches).in_flight(r) for r in range(ranks))
-        assert max(Schedule("zb_h1", ranks, micro_batches).in_flight(r) for r in range(ranks)) == stock
+        stock = max(Schedule("1f1b", ranks, micro_batches, 1, extra).in_flight(r) for r in range(ranks))
+        assert max(Schedule("zb_h1", ranks, micro_batches, 1, extra).in_flight(r) for r in range(ranks)) == stock
 
 
 @pytest.mark.parametrize("shape", ["loop", "v"])

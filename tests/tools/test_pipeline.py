@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_ds.benchmarks.pipeline.contest import Contest
+from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.launch.namespaces import missing
 from llama_ds.perf.trace.read import Event, RankRecord, read
 from tests import warm
@@ -67,9 +69,27 @@ def one(rank: RankRecord, what: str, micro_batch: int) -> Event:
         (["--schedules", "zb_v+2:late"], "'zb_v+2:late' is not a schedule's name, +N for extra_warmup and :early"),
         (["--pace", "5", "3"], "--pace: 2 numbers; give 3, of forward, input and weight backward"),
         (["--pp", "7"], "parallel.pp = 7 is more than model.num_hidden_layers = 6"),
+        (
+            ["parallel.schedule=zb_v"],
+            "parallel.schedule=zb_v would not hold: each schedule sets parallel.schedule; use",
+        ),
+        (["parallel={pp: 2}"], "each schedule sets parallel; override single keys, as parallel.KEY=VALUE"),
+        (["parallel.pass_times.0=3"], "each schedule sets parallel.pass_times.0; use --pass-times"),
+        (["parallel.cp=2"], "leave it out, because ranks share no rows here"),
+        (["deepspeed.bf16.enabled=true"], "each schedule sets deepspeed.bf16.enabled; use --dtype"),
+        (["parallel.tp_chunk=2"], "parallel.tp_chunk is not a known key (did you mean 'tp_chunks'?)"),
     ],
 )
 def test_what_cannot_be_is_told_before_ranks_start(arguments: list[str], message: str) -> None:
     done = pipeline(*arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_other_overrides_of_the_layout_hold_for_every_schedule() -> None:
+    overrides = ["parallel.joint_weight_gradients=2", "deepspeed.communication_data_type=bf16"]
+    contest = Contest("ds_configs/quickstart.yaml", overrides, ["zb_h1"], 2, 1, 2, 8, 1, "fp32", "none", None, 0.0, 1)
+    for name in ("zb_h1+1", "zb_v:early"):
+        run, layout = contest.contestant(name)
+        assert (run.parallel.joint_weight_gradients, run.parallel.sequence_parallel, layout.dp) == (2, False, 2)
+        assert deepspeed_config(run, layout)["communication_data_type"] == "bf16"

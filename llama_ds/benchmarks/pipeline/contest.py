@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llama_ds.config.rules import check
 from llama_ds.config.run_file import load_run
-from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.schedules.schedule import IN_A_V
@@ -15,6 +16,21 @@ from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 EARLY = "early"
 VIRTUAL_STAGES = {"interleaved": 2, **dict.fromkeys(IN_A_V, 2)}
+# Keys of the run file that are set for each schedule, and what to do instead of overriding them. Other overrides hold.
+_ROWS = "use --dp, --micro-batches and --micro-batch"
+_SET = {
+    **{f"parallel.{name}": f"use --{name.replace('_', '-')}" for name in ("pp", "tp", "micro_batch", "recompute")},
+    **{f"parallel.{name}": "use --schedules" for name in ("schedule", "virtual_stages")},
+    "parallel.extra_warmup": "use --schedules NAME+N",
+    "parallel.post_validation": f"use --schedules NAME:{EARLY}",
+    "parallel.pass_times": "use --pass-times",
+    "parallel.cp": "leave it out, because ranks share no rows here",
+    "training.global_batch": _ROWS,
+    "training.batch_stages": _ROWS,
+    "deepspeed.bf16": "use --dtype",
+    "deepspeed.fp16": "use --dtype",
+    **{name: f"override single keys, as {name}.KEY=VALUE" for name in ("parallel", "training", "deepspeed")},
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ class Contest:
         """
         if self.pace and len(self.pace) != 3:
             raise UserError(f"--pace: {len(self.pace)} numbers; give 3, of forward, input and weight backward, in ms")
-        run = load_run(self.run_file, self.overrides)
+        _check_overrides(self.overrides)
         plain, _, early = schedule.partition(":")
         name, _, extra = plain.partition("+")
         if early not in ("", EARLY) or not re.fullmatch(r"\d*", extra):
@@ -59,23 +75,33 @@ class Contest:
                 f"--schedules: {schedule!r} is not a schedule's name, +N for extra_warmup and :{EARLY} for "
                 "post_validation, such as zb_v+2:early"
             )
-        parallel = ParallelConfig(
-            pp=self.pp,
-            tp=self.tp,
-            micro_batch=self.micro_batch,
-            recompute=self.recompute,
-            schedule=name,
-            extra_warmup=int(extra or 0),
-            virtual_stages=VIRTUAL_STAGES.get(name, 1),
-            pass_times=tuple(self.pass_times) if self.pass_times and name in V_SCHEDULES else None,
-            post_validation=early == EARLY,
-        )
-        run = replace(
-            run,
-            training=replace(run.training, global_batch=self.dp * self.micro_batches * self.micro_batch),
-            parallel=parallel,
-            deepspeed={"zero_optimization": {"stage": 1}, "bf16": {"enabled": self.dtype == "bf16"}},
-            path="command line",
-        )
-        check(run)
+        parallel = {
+            "pp": self.pp,
+            "tp": self.tp,
+            "micro_batch": self.micro_batch,
+            "recompute": self.recompute,
+            "schedule": name,
+            "extra_warmup": int(extra or 0),
+            "virtual_stages": VIRTUAL_STAGES.get(name, 1),
+            "pass_times": self.pass_times if name in V_SCHEDULES else None,
+            "post_validation": early == EARLY,
+        }
+        deepspeed = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": self.dtype == "bf16"}}
+        settings = {
+            "parallel": parallel,
+            "training.global_batch": self.dp * self.micro_batches * self.micro_batch,
+            "deepspeed": deepspeed,
+        }
+        own = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        run = replace(load_run(self.run_file, [*own, *self.overrides]), path="command line")
         return run, resolve_layout(run, self.world)
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError for an override of a key that is set for each schedule."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        section, _, name = key.partition(".")
+        fix = _SET.get(f"{section}.{name.partition('.')[0]}" if name else section)
+        if fix:
+            raise UserError(f"command line: {override} would not hold: each schedule sets {key}; {fix}")
