@@ -65,8 +65,9 @@ class ParallelConfig(Section):
     extra_warmup: Annotated[
         int,
         Key(
-            "Additional warm-up forwards for each following rank; in zb_v, v_half and v_min additional micro-batches "
-            "that every rank may hold: more activation memory, which hides slow links.",
+            "Additional warm-up forwards for each following rank, with weight gradients of zb_h1 deferred as much "
+            "longer; in zb_v, v_half and v_min additional micro-batches that every rank may hold: more activation "
+            "memory, which hides slow links.",
             "micro-batches",
             NOT_NEGATIVE,
             rule="Not for schedules interleaved and dualpipe_v.",

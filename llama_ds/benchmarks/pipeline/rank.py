@@ -16,6 +16,7 @@ from llama_ds.benchmarks.ranks import joined
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.layout.pipeline_schedule import describe_trace
 from llama_ds.parallel import world
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.training.engines.build import build_engine
 
 Turn = Callable[[], list[float]]  # takes the steps of a turn; returns their losses
@@ -56,9 +57,14 @@ def _build(contest: Contest, schedule: str) -> tuple[Any, Turn]:
     shape = (contest.micro_batches, contest.micro_batch, run.data.seq_len + 1)
     rows = np.random.default_rng(engine.dp_rank).integers(0, run.model.vocab_size, shape)
 
+    optimizer = engine.deepspeed.optimizer
+
     def turn() -> list[float]:
         results = [engine.train_step(iter(rows), 1e-4) for _ in range(contest.steps)]
-        return [engine.read(result)[0] for result in reversed(results)][::-1]  # reading the last one settles it
+        losses = [engine.read(result)[0] for result in reversed(results)][::-1]  # reading the last one settles it
+        if isinstance(optimizer, PipelineOptimizer):
+            optimizer.finish()  # its weights would travel in the next schedule's turn
+        return losses
 
     return engine, turn
 
