@@ -1,15 +1,17 @@
-"""The server behind `tests/warm.py`: forks processes from itself, which has torch and DeepSpeed imported.
+"""The server behind `tests/warm.py`: forks processes from itself, which has torch, DeepSpeed and llama_ds imported.
 
     python forking.py SOCKET
 
-SOCKET is the number of a socket that this was started with. Each message is a `Request` as JSON with three open files:
-for stdout, for stderr, and for the answers, which are a process id and later an exit code, a line each. When the other
-end of the socket closes, what still runs is killed.
+SOCKET is the number of a socket that this was started with, or the path of one to listen at: then each connection has a
+process of its own, with the priority of who connects, and all is over when stdin ends. Each message is a `Request` as
+JSON with three open files: for stdout, for stderr, and for the answers, which are a process id and later an exit code,
+a line each. When the other end of the socket closes, what still runs is killed.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -17,6 +19,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,10 +27,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-# What ranks and tools import sooner or later, in four seconds; nothing of this project.
+# What ranks and tools import sooner or later, in four seconds.
 HEAVY = (
     *("deepspeed", "deepspeed.module_inject.auto_ep_layer", "torch._dynamo", "sentencepiece", "tiktoken"),
     *("transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama"),
+)
+# With what these import, most of this project: half a second of each rank. Nothing in it looks at its process then.
+OURS = (
+    *("llama_ds.training.loop", "llama_ds.training.engines.pipelined", "llama_ds.training.dry_run.processes"),
+    *("llama_ds.checkpoint.conversion.convert", "llama_ds.evaluation.evaluate", "llama_ds.perf.plan.search"),
 )
 MAX_REQUEST = 1 << 20  # bytes
 
@@ -45,25 +53,62 @@ class Request:
 
 def main() -> None:
     """Serve until the other end of the socket closes; in each forked process, run what was asked for."""
-    preload()
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
-    if request:
-        os.environ.clear()
-        os.environ.update(request.environment)
-        os.chdir(request.folder)
-        unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # lines at once are near enough to it
-        sys.stdout = open(1, "w", buffering=1 if unbuffered else -1, closefd=False)  # noqa: SIM115
-        if request.ranks:
-            launch(request.ranks, request.port)
-        run(request.words)
+    where = sys.argv[1]
+    if where.isdigit():
+        preload()
+        request = serve(socket.socket(fileno=int(where)))
+    else:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(where)
+        listener.listen()  # who connects meanwhile waits
+        preload()
+        request = serve(accepted(listener))
+    if not request:
+        os._exit(0)  # to take modules apart would take a second
+    os.environ.clear()
+    os.environ.update(request.environment)
+    read_again()
+    os.chdir(request.folder)
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # lines at once are near enough to it
+    sys.stdout = open(1, "w", buffering=1 if unbuffered else -1, closefd=False)  # noqa: SIM115
+    if request.ranks:
+        launch(request.ranks, request.port)
+    run(request.words)
+
+
+def accepted(listener: socket.socket) -> socket.socket:
+    """Fork a process for each connection and return the connection in it; end with stdin."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:  # nobody writes to it
+            os._exit(0)
+        connection, _ = listener.accept()
+        if not os.fork():
+            listener.close()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            client, *_ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, client))
+            return connection
+        connection.close()
 
 
 def preload() -> None:
-    """Import what ranks would."""
-    for name in HEAVY:
+    """Import what ranks would, of this project from the checkout that this file is in."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    for name in (*HEAVY, *OURS):
         importlib.import_module(name)
+    del sys.path[0]
     # Each engine asks it what can be compiled, and it runs a compiler to know.
     assert importlib.import_module("deepspeed.ops").__compatible_ops__
+    gc.collect()
+    gc.freeze()  # or each process would look through a million objects, and copy their pages, in vain
+
+
+def read_again() -> None:
+    """Let libraries that have read a variable while they were imported go by the value it has now."""
+    compiler = importlib.import_module("torch._dynamo.config")
+    compiler.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # type: ignore[attr-defined]
 
 
 def serve(requests: socket.socket) -> Request | None:

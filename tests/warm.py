@@ -1,4 +1,4 @@
-"""Commands that start in no time: forked from one process of the test session that has torch and DeepSpeed imported.
+"""Commands that start in no time: forked from one process of the test session that has imported what they need.
 
 For tests that look at what a program does. Those that look at how processes are started, at what is imported or at
 the memory of a whole process start Python itself.
@@ -25,6 +25,8 @@ from llama_ds.machine import free_port
 from tests.forking import Request
 
 ROOT = Path(__file__).resolve().parents[1]
+SERVER = (sys.executable, str(ROOT / "tests" / "forking.py"))
+SHARED = "TESTS_WARM_SERVER"  # environment variable, a path
 SETTINGS = {
     **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     "HF_HUB_OFFLINE": "1",  # nothing that a test starts may need the network
@@ -73,12 +75,15 @@ class Process:
 
 @cache
 def _server() -> socket.socket:
-    """Start the server; it ends with this process."""
+    """Start a server, which ends with this process, or connect to the one that `.ci/test` has started."""
+    if path := os.environ.get(SHARED):
+        shared = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        shared.connect(path)
+        return shared
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, str(ROOT / "tests" / "forking.py"), str(theirs.fileno())]
     server = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | SETTINGS, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-        start_new_session=True,
+        [*SERVER, str(theirs.fileno())], cwd=ROOT, env=os.environ | SETTINGS, stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()], start_new_session=True,
     )  # fmt: skip
     theirs.close()
 
@@ -115,3 +120,7 @@ def run(
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
     return subprocess.CompletedProcess(process.args, code, *texts)
+
+
+if __name__ == "__main__":
+    os.execve(sys.executable, [*SERVER, *sys.argv[1:]], os.environ | SETTINGS)
