@@ -106,6 +106,8 @@ def _key(values: Any, tensors: list[FakeTensor]) -> tuple[Any, ...]:
             found.append((value.shape, value.stride(), value.storage_offset(), value.dtype))
         elif kind is tuple or kind is list or kind is torch.Size:
             found.append(_key(value, tensors))
+        elif kind is torch.Generator:  # decides on values only
+            found.append(kind)
         elif kind in _PLAIN:
             found.append((kind, value))
         else:
