@@ -60,15 +60,18 @@ def normal_shard(
     step = length // math.gcd(length, BLOCKS)
     own, padding = own_rows(length, rank, size), part_rows(length, size) - len(own_rows(length, rank, size))
     first, last = own.start // step, -(-own.stop // step)
-    blocks = [_draw(shape, dim, step, block_seed(seed, layer, name, b)) for b in range(first, last)]
-    drawn = torch.cat(blocks, dim).narrow(dim, own.start - first * step, len(own)).mul_(std)
+    blocks = _draw(shape, dim, step, [block_seed(seed, layer, name, b) for b in range(first, last)])
+    drawn = blocks.narrow(dim, own.start - first * step, len(own)).mul_(std)
     return F.pad(drawn, (0, padding) if dim else (0, 0, 0, padding)) if padding else drawn.contiguous()
 
 
-def _draw(shape: tuple[int, int], dim: int, step: int, seed: int) -> Tensor:
+def _draw(shape: tuple[int, int], dim: int, step: int, seeds: list[int]) -> Tensor:
+    """Draw a block of `step` rows (`dim` 0) or columns from each seed; return them side by side."""
     block = list(shape)
     block[dim] = step
     # Memory from NumPy: under deepspeed.zero.Init torch's constructors take the accelerator as the default device, and
     # round what they return to bf16, here before it is scaled.
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.from_numpy(np.empty(block, np.float32)).normal_(generator=generator)
+    blocks = torch.from_numpy(np.empty([len(seeds), *block], np.float32))
+    for drawn, seed in zip(blocks, seeds, strict=True):
+        drawn.normal_(generator=torch.Generator(device="cpu").manual_seed(seed))
+    return (blocks.movedim(0, 1) if dim else blocks).flatten(dim, dim + 1)
