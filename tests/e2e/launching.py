@@ -64,6 +64,11 @@ def deepspeed(ranks: int, *arguments: object) -> list[str]:
     ]
 
 
+def warm_deepspeed(ranks: int, *arguments: object) -> Warm:
+    """Return it for tests that do not kill it: its first process is forked, what it starts begins as a user's does."""
+    return Warm(deepspeed(ranks, *arguments))
+
+
 def torchrun(ranks: int, *arguments: object) -> list[str]:
     """Return the command of torch's launcher."""
     return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port()), *words(arguments)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import TIMEOUT_S, TRAIN, Process, alone, deepspeed, finish, forked, run, start, succeed
+from launching import TIMEOUT_S, TRAIN, Process, alone, finish, forked, run, start, succeed, warm_deepspeed
 from tiny_run import LAYOUTS, VOCAB_SIZE, Run
 
 from llama_ds.checkpoint.load_model import open_model
@@ -46,7 +47,7 @@ def ranks_of(process: Process) -> list[psutil.Process]:
 
 def interrupt(run: Run, number: int, at_step: int, whom: Callable[[Process], psutil.Process]) -> str:
     """Start the run, send a signal to one of its processes when a step is reported; return its output."""
-    process = start(deepspeed(2, TRAIN, run.file), run.log)
+    process = start(warm_deepspeed(2, TRAIN, run.file), run.log)
     wait_for(process, run.log, lambda: reported(run, at_step))
     whom(process).send_signal(number)
     return finish(process, run.log).output
@@ -57,9 +58,7 @@ def test_signals_save_and_the_run_goes_on(make_run: Callable[..., Run]) -> None:
     """One rank receives the signal, all save the same step; no step of the run is lost or repeated."""
     changes = {**PP2, "model.num_hidden_layers": 2, "parallel.micro_batch": 4, "training.steps": LONG}
     whole, this = make_run("uninterrupted", changes), make_run("interrupted", changes)
-    succeed(forked(2, TRAIN, whole.file), whole.log)
-
-    process = start(deepspeed(2, TRAIN, this.file), this.log)
+    process = start(warm_deepspeed(2, TRAIN, this.file), this.log)
     wait_for(process, this.log, lambda: reported(this, 3))
     first_rank = ranks_of(process)[0]
     first_rank.suspend()  # it does not end meanwhile, and is not taken for dead
@@ -84,8 +83,9 @@ def test_signals_save_and_the_run_goes_on(make_run: Callable[..., Run]) -> None:
     assert first_end < second_end < LONG
     assert not list(this.checkpoints.glob("attempt_*"))
 
-    succeed(forked(2, TRAIN, this.file), this.log)
-    assert this.losses == whole.losses
+    for one in (this, whole):
+        succeed(forked(2, TRAIN, one.file, f"checkpoint.stop_at={second_end + 3}"), one.log)
+    assert len(this.losses) == second_end + 3 and this.losses == whole.losses
 
 
 @pytest.mark.slow
@@ -141,10 +141,12 @@ def test_a_full_disk_ends_no_run(make_run: Callable[..., Run], small_disk: Path)
     (small_disk / "filler").write_bytes(bytes(max(free - 100_000, 0)))
     wait_for(process, this.log, lambda: "CHECKPOINT LOST" in this.log.read_text())
     (small_disk / "filler").unlink()
+    wait_for(process, this.log, lambda: room.newest.name > before)
+    os.kill(process.pid, signal.SIGTERM)  # or it would only take longer
     done = finish(process, this.log)
     assert done.code == 0, done.output
     assert "No space left on device" in done.output
-    assert room.newest.name == f"step_{LONG:08d}" > before
+    assert f"ending at step {int(room.newest.name[5:])} of {LONG}" in done.output
     assert [path.name for path in room.checkpoints.glob("step_*")] == [room.newest.name]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from launching import TIMEOUT_S, TRAIN, deepspeed, finish, kill_all, start
+from launching import TIMEOUT_S, TRAIN, finish, kill_all, start, warm_deepspeed
 from tiny_run import Run
 
 
@@ -15,7 +15,7 @@ from tiny_run import Run
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_ends_the_job(rank: int, make_run: Callable[..., Run]) -> None:
     run = make_run(f"death_{rank}", {"parallel.pp": 2, "training.steps": 10**6})
-    process = start(deepspeed(2, TRAIN, run.file), run.log)
+    process = start(warm_deepspeed(2, TRAIN, run.file), run.log)
     try:
         wait_for_step(run)
         ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if TRAIN in p.cmdline()[:3]]

@@ -56,10 +56,10 @@ REAL = {
         *("model.attention_bias=qkvo", "model.mlp_bias=true", "model.qk_norm=true"),
     ],
 }
-# The 7B model on 16 ranks, with few micro-batches.
+# Half of the 7B model on 16 ranks, with few micro-batches.
 SEVEN_B = [
     *("model.hidden_size=4096", "model.intermediate_size=11008", "model.num_attention_heads=32"),
-    *("model.num_key_value_heads=32", "model.num_hidden_layers=32", "model.vocab_size=32000", "data.seq_len=2048"),
+    *("model.num_key_value_heads=32", "model.num_hidden_layers=16", "model.vocab_size=32000", "data.seq_len=2048"),
     *("parallel.pp=4", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.micro_batch=1"),
     *("training.global_batch=16", "parallel.joint_weight_gradients=2"),  # holds more for the weight gradients
 ]
