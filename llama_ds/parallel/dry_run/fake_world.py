@@ -46,7 +46,9 @@ def fake_world(
     with ExitStack() as stack:
         for target, name, value in [*_answers(backend, ledger), (dist, "new_group", _reporting_groups(on_new_group))]:
             stack.enter_context(mock.patch.object(target, name, value, create=True))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode.cache_enabled = False  # few operations are repeated that the memo does not know, and an entry costs more
+        stack.enter_context(mode)
         ledger.execute = Memo()
         stack.enter_context(ledger)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(ledger.saved, lambda tensor: tensor))
