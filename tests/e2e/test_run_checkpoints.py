@@ -136,11 +136,11 @@ def test_a_full_disk_ends_no_run(make_run: Callable[..., Run], small_disk: Path)
     room = Run(this.file, folder)
     process = start(alone(TRAIN, this.file), this.log)
     wait_for(process, this.log, lambda: (room.checkpoints / "latest").exists())
-    before = room.newest.name
     free = shutil.disk_usage(small_disk).free
     (small_disk / "filler").write_bytes(bytes(max(free - 100_000, 0)))
     wait_for(process, this.log, lambda: "CHECKPOINT LOST" in this.log.read_text())
     (small_disk / "filler").unlink()
+    before = room.newest.name
     wait_for(process, this.log, lambda: room.newest.name > before)
     os.kill(process.pid, signal.SIGTERM)  # or it would only take longer
     done = finish(process, this.log)

@@ -10,7 +10,7 @@ NORMAL = {
     "benchmark.py": "layer --batch 1 --seq-len 16 --threads 1 --repeats 1 --device cpu --json",
     "cluster_scale.py": "hostfiles/2x8 --pp 2 --tp 8 --seconds 0.2 --beat-s 0.1 --json",
     "convert.py": "{run} {new}/hf --to hf",
-    "dryrun.py": "{run_file} --world 2 --rank all-distinct --backend gloo --json",
+    "dryrun.py": "{run_file} model.num_hidden_layers=1 --world 2 --rank all-distinct --backend gloo --json",
     "evaluate.py": "{run} --json",
     "generate.py": "{run} --max-new-tokens 4 --json",
     "hostfile.py": "map hostfiles/2x8 --tp 4 --json",

@@ -20,7 +20,7 @@ PARAMETERS = 2 * (4 * 64**2 + 3 * 64 * 176 + 2 * 64) + 2 * 512 * 64 + 64
 @pytest.mark.slow
 def test_a_small_run_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "measured.json"
-    words = ["checkpoint", *TINY, "--repeats", "3", "--folder", str(tmp_path), "--out", str(out)]
+    words = ["checkpoint", *TINY, "--repeats", "2", "--folder", str(tmp_path), "--out", str(out)]
     assert benchmark.main(words) == 0
     table = capfd.readouterr().out
     results = json.loads(out.read_text())
@@ -29,7 +29,7 @@ def test_a_small_run_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert results["convert"]["bytes"] == 4 * PARAMETERS
     for kind, names in (("save", 5), ("load", 5), ("convert", 2)):
         timed = {name: seconds for name, seconds in results[kind].items() if isinstance(seconds, list)}
-        assert len(timed) == names and all(len(s) == 3 and min(s) > 0 for s in timed.values())
+        assert len(timed) == names and all(len(s) == 2 and min(s) > 0 for s in timed.values())
     save, summary = results["save"], results["summary"]
     assert summary["stall_of_save"] == statistics.median(save["ours_stall"]) / statistics.median(save["ours"]) < 1
     assert f"{summary['save_of_disk']:.2f}, load {summary['load_of_disk']:.2f}" in table
