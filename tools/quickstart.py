@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_line.new_parser(begin, __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
+    words = "text to gather on this machine (default: %(default)s)"
+    parser.add_argument("--corpus-mb", type=command_line.size, default=32.0, metavar="MB", help=words)
     parser.add_argument("--data-only", action="store_true", help="end after the shards are built")
     parser.add_argument("--fresh", action="store_true", help="remove the run's folder first")
     return parser
@@ -64,19 +66,19 @@ def begin(args: argparse.Namespace) -> None:
     if args.data_only and args.fresh:
         raise UserError("--data-only builds what is missing and removes nothing; leave out --fresh")
     if args.data_only:
-        _prepare_data(load_run(RUN_FILE, args.overrides))
+        _prepare_data(load_run(RUN_FILE, args.overrides), args.corpus_mb)
     else:
-        quickstart(args.fresh, args.overrides)
+        quickstart(args.fresh, args.overrides, args.corpus_mb)
 
 
-def quickstart(fresh: bool, overrides: list[str]) -> None:
+def quickstart(fresh: bool, overrides: list[str], corpus_mb: float) -> None:
     """Run all unfinished stages, then print where the results are."""
     started = time.monotonic()
     run = load_run(RUN_FILE, overrides)
     if fresh:
         check_unused(run.run_dir)
         shutil.rmtree(run.run_dir, ignore_errors=True)
-    _prepare_data(run)
+    _prepare_data(run, corpus_mb)
     unigram = _unigram(run)
     _train(run, overrides)
     trained, exported = _export(run)
@@ -88,12 +90,12 @@ def quickstart(fresh: bool, overrides: list[str]) -> None:
     _summary(run, unigram, trained, exported, time.monotonic() - started)
 
 
-def _prepare_data(run: RunConfig) -> None:
+def _prepare_data(run: RunConfig, corpus_mb: float) -> None:
     data = os.path.dirname(run.data.tokenizer)
     corpus, shards = f"{data}/corpus", os.path.dirname(run.data.sources[0].path)
     if not os.path.exists(f"{corpus}/prose.jsonl"):
         stage("Corpus: Python sources and prose found on this machine")
-        tool("shards.py", "gather", "--out", corpus)
+        tool("shards.py", "gather", "--out", corpus, "--limit-mb", corpus_mb)
     if not os.path.exists(run.data.tokenizer):
         stage("Tokenizer: sentencepiece BPE, digits split, byte fallback")
         prefix = run.data.tokenizer.removesuffix(".model")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+from tools import quickstart as tool
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60  # instead of 300; enough to beat the unigram model
 SMALLER = (
@@ -18,20 +21,34 @@ SMALLER = (
     "model.intermediate_size=344",
     "model.num_hidden_layers=4",
     "optimizer.warmup_steps=20",
+    "evaluation.rows=32",  # less text has fewer
 )
 
 
-def quickstart(folder: Path) -> str:
-    """Run the quickstart with its files in `folder` and return its output."""
+def words(folder: Path) -> list[str]:
+    """Return the arguments of a quickstart with its files in `folder`, of less text and a smaller model."""
     data = folder / "quickstart" / "data"
     overrides = [f"output_dir={folder}", f"data.tokenizer={data}/tokenizer.model", f"training.steps={STEPS}", *SMALLER]
     overrides += [f"data.sources.{i}.path={data}/shards/{name}" for i, name in enumerate(("code", "prose"))]
-    command = [sys.executable, "tools/quickstart.py", *overrides]
+    return ["--corpus-mb", "10", *overrides]
+
+
+def quickstart(folder: Path) -> str:
+    """Run the quickstart as a user and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
-    )
+        [sys.executable, "tools/quickstart.py", *words(folder)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def command_again(command: list[str], capture: bool = False, ranks: int = 1) -> str:
+    """Run a command of the quickstart in a process that has imported what it imports."""
+    assert command[0] == sys.executable and ranks == 1, f"ranks are started again: {command}"
+    done = warm.run(*command[1:])
+    assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
 
 
@@ -43,7 +60,9 @@ def losses(output: str) -> tuple[float, float, float]:
 
 
 @pytest.mark.slow
-def test_the_whole_job_and_a_second_call(tmp_path: Path) -> None:
+def test_the_whole_job_and_a_second_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = quickstart(tmp_path)
     trained, unigram, exported = losses(output)
     assert trained < unigram - 0.1
@@ -54,6 +73,9 @@ def test_the_whole_job_and_a_second_call(tmp_path: Path) -> None:
     assert output.count("--- '") == 2  # one continuation for each prompt
     assert not re.search(r"Warning|\[INFO\]|it/s\]|USDT:|Loading weights", output)  # no output of libraries
 
-    again = quickstart(tmp_path)
+    monkeypatch.setattr(tool, "run_command", command_again)
+    monkeypatch.chdir(ROOT)
+    assert tool.main(words(tmp_path)) == 0
+    again = capsys.readouterr().out
     assert losses(again) == (trained, unigram, exported)
     assert "=== Corpus" not in again and "=== Training: finished before" in again  # finished stages are not repeated
