@@ -87,9 +87,9 @@ def test_what_cannot_be_is_told_before_ranks_start(arguments: list[str], message
 
 
 def test_other_overrides_of_the_layout_hold_for_every_schedule() -> None:
-    overrides = ["parallel.joint_weight_gradients=2", "deepspeed.communication_data_type=bf16"]
+    overrides = ["parallel.joint_weight_gradients=2", "deepspeed.communication_data_type=bf16", SMALL[0]]
     contest = Contest("ds_configs/quickstart.yaml", overrides, ["zb_h1"], 2, 1, 2, 8, 1, "fp32", "none", None, 0.0, 1)
     for name in ("zb_h1+1", "zb_v:early"):
         run, layout = contest.contestant(name)
         assert (run.parallel.joint_weight_gradients, run.parallel.sequence_parallel, layout.dp) == (2, False, 2)
-        assert deepspeed_config(run, layout)["communication_data_type"] == "bf16"
+        assert deepspeed_config(run, layout, bf16_native=True)["communication_data_type"] == "bf16"
