@@ -108,10 +108,13 @@ class Hardware:
             )
         return self.links.network_gb_s * 1e9 * self.calibration.network
 
-    def with_links(self, nvlink_gb_s: float | None, network_gb_s: float | None) -> Hardware:
-        """Return the machine with the given link bandwidths; None keeps its own."""
+    def with_links(
+        self, nvlink_gb_s: float | None, network_gb_s: float | None, gpus_per_node: int | None = None
+    ) -> Hardware:
+        """Return the machine with the given link bandwidths and size of a node; None keeps its own."""
         nvlink, network = nvlink_gb_s or self.links.nvlink_gb_s, network_gb_s or self.links.network_gb_s
-        return replace(self, links=replace(self.links, nvlink_gb_s=nvlink, network_gb_s=network))
+        node = gpus_per_node or self.links.gpus_per_node
+        return replace(self, links=replace(self.links, nvlink_gb_s=nvlink, network_gb_s=network, gpus_per_node=node))
 
 
 def names() -> list[str]:

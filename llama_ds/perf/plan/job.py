@@ -18,7 +18,8 @@ from llama_ds.layout.planned_documents import PlannedRows, one_document, planned
 from llama_ds.layout.recompute import StagePolicies
 from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.perf.plan.communication import RankGroup
-from llama_ds.perf.plan.program import OURS, OURS_FP32, Program, with_bf16_reduction
+from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
+from llama_ds.perf.plan.program_options import with_bf16_reduction
 from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
 from llama_ds.schedules.schedule import Schedule, joint_shares, split_share

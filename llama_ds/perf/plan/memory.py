@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
@@ -144,15 +143,16 @@ def _published(job: StepJob) -> list[_Held]:
         if len(job.stages) - 1 in own:
             working = max(working, job.program.kept_logits * job.tokens * job.vocab)
         # An optimizer of fp32 weights casts 16-bit gradients to fp32.
+        casts = job.program.gradient_bytes == 2 and job.program.state_bytes > 4
         copies = 4.0 * by_role.total() / (job.state_group.size if job.zero_stage else 1)
-        found.append(_Held(_states(job, by_role), kept + working, copies if job.program.gradient_bytes == 2 else 0.0))
+        found.append(_Held(_states(job, by_role), kept + working, copies if casts else 0.0))
     return found
 
 
 def _states(job: StepJob, by_role: Counter[Role]) -> float:
     """Return the bytes of 16-bit weights, gradients and optimizer states."""
     parameters, ranks = by_role.total(), job.state_group.size
-    optimizer = ADAMW.nbytes(by_role, weight_bytes=2) / (ranks if job.zero_stage else 1)
+    optimizer = job.program.state_bytes * parameters / (ranks if job.zero_stage else 1)
     gradients = job.program.gradient_bytes * parameters / (ranks if job.zero_stage >= 2 else 1)
     weights = 2.0 * parameters
     if job.zero_stage == 3:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,40 +14,7 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import OP, Counts, StepJob
-from llama_ds.perf.plan.kernel_speeds import FLASH_1, FLASH_2
-from llama_ds.perf.plan.program import (
-    AUTOGRAD,
-    FSDP,
-    LLAMA,
-    MEGATRON,
-    MEGATRON_BF16,
-    NEMO,
-    NEMO_GPT,
-    NEOX,
-    ZERO3_2021,
-    Program,
-    with_attention,
-    with_biases,
-    with_broadcasts,
-    with_cast_norms,
-    with_copies,
-    with_deepspeed,
-    with_fused_loss,
-    with_fused_swiglu,
-    with_megatron_vocabulary,
-    with_own_sums,
-    with_plain_norms,
-    with_plain_optimizer,
-    with_plain_rotation,
-    with_recomputed_norms,
-    with_separate_gate,
-    with_separate_products,
-    with_small_gradients,
-    with_sums_beside_weights,
-    with_transformers,
-    with_waiting_reduction,
-    without_flash,
-)
+from llama_ds.perf.plan.row_programs import program_of
 from llama_ds.schedules.schedule import obstacle
 
 COLUMNS = (
@@ -79,31 +45,8 @@ _MACHINES: dict[str, tuple[str, float | None]] = {
     "H100-80GB": ("h100-80gb-2023", None),
     "H800-80GB": ("h100-80gb-2023", 360 * 8 / 18),
 }
-_OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
-_STATED: dict[str, Callable[[Program], Program]] = {  # words of a note in lower case, for LLaMA-like programs
-    "gradients in bf16": with_small_gradients,
-    "gradients in fp16": with_small_gradients,
-    "rmsnorm, of fp32 copies": with_cast_norms,
-    "by broadcasts of whole tensors": with_broadcasts,
-    "rotary embedding by operations": with_plain_rotation,
-    "rotary embedding too": with_plain_rotation,
-    "transformer engine": with_fused_swiglu,
-    "megatron-": with_megatron_vocabulary,
-    "deepspeed": with_deepspeed,
-    "gate and up in separate products": with_separate_gate,
-    "q, k, v, gate and up in separate products": with_separate_products,
-    "transformers'": with_transformers,
-    "keys and values repeated to all heads": lambda program: with_copies(program, 4, 4),
-    "keys and values repeated before rotation": lambda program: with_copies(program, 36, 46),
-    "rows unpadded around attention": lambda program: with_copies(program, 18, 22),
-    "each with its own sum of input gradients": with_own_sums,
-    "each sum of input gradients beside a weight gradient": with_sums_beside_weights,
-    "sharding stage 2": with_waiting_reduction,
-    "norms computed again in the backward": with_recomputed_norms,
-    "adamw by operations": with_plain_optimizer,
-    "and biases": with_biases,
-}
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
+_NODE = re.compile(r"\bnodes of ([0-9]+) GPUs")
 _CP = re.compile(r"\bcp ([0-9]+)( by all-to-all)?")
 _FLAGS = {
     **dict.fromkeys(("", "0", "0.0", "false", "no"), False),
@@ -126,6 +69,7 @@ class Row:
     job: StepJob | None
     reserved: bool  # memory as shown by nvidia-smi, not allocated by tensors
     skipped: str = ""
+    node_ranks: int | None = None  # GPUs of a node; None: as in the machine's description
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -198,7 +142,8 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
     if not reason:
         found = _job(row, {k: v or 0 for k, v in numbers.items()}, virtual, sharded, zero)
         job, reason = (None, found) if isinstance(found, str) else (found, "")
-    return Row(line, row["id"], row["source"], gpu, kind, value, links, job, "nvidia-smi" in row["note"], reason)
+    reserved = "nvidia-smi" in row["note"]
+    return Row(line, row["id"], row["source"], gpu, kind, value, links, job, reserved, reason, _node_ranks(row))
 
 
 def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
@@ -215,6 +160,11 @@ def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
     if tp * pp * dp * cp != n:
         return f"tp {tp} * pp {pp} * {f'cp {cp} * ' if cp > 1 else ''}dp {dp} is not n_gpus {n}"
     return ""
+
+
+def _node_ranks(row: dict[str, str]) -> int | None:
+    stated = _NODE.search(row["note"])
+    return int(stated[1]) if stated else None
 
 
 def _cp(row: dict[str, str]) -> CpSizes:
@@ -261,7 +211,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         axes=Axes(pp=n["pp"], dp=n["dp"], cp=_cp(row).ranks, tp=n["tp"]),
         sequence_parallel=sharded and n["tp"] > 1,
         zero_stage=int(zero) if zero is not None else 0,
-        state_ranks=min(n["dp"], max(1, NODE_RANKS // n["tp"])) if "HSDP" in row["note"] else 0,
+        state_ranks=min(n["dp"], max(1, (_node_ranks(row) or NODE_RANKS) // n["tp"])) if "HSDP" in row["note"] else 0,
         schedule=schedule,
         chunks=chunks,
         extra_warmup=warmup,
@@ -270,46 +220,6 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         cp_sizes=_cp(row),
         launch_blocking="CUDA_LAUNCH_BLOCKING=1" in row["note"] and n["n_gpus"] >= 320,
     )
-
-
-def program_of(row: dict[str, str]) -> Program:
-    """Return the program of a row: for LLaMA-like models and others by the note, otherwise Megatron."""
-    program = _program_of(row)
-    kernel = next((name for name in (FLASH_1, FLASH_2) if name in row["note"]), program.attention)
-    return program if kernel == program.attention else with_attention(program, kernel)
-
-
-def _program_of(row: dict[str, str]) -> Program:
-    note, model = row["note"].lower(), row["model"].lower()
-    if "llama" in model or "mistral" in model or "smollm" in model:
-        return _llama_program(note)
-    if "neox" in note:
-        return NEOX
-    if "nemo" in note:
-        return NEMO_GPT
-    if "zero-3 of 2021" in note:
-        return ZERO3_2021
-    if "fsdp" in note or "flash" in note:
-        return FSDP
-    return MEGATRON_BF16 if "bf16" in note else MEGATRON
-
-
-def _llama_program(note: str) -> Program:
-    """Return a LLaMA-like program by what the note states of its norms, loss, reduction and attention."""
-    if "nemo" in note:
-        return NEMO
-    overlapping = any(words in note for words in _OVERLAPPING)
-    program = AUTOGRAD if overlapping else LLAMA
-    if "rmsnorm by torch" in note or not (overlapping or "rms" in note):
-        program = with_plain_norms(program)
-    if "kernel" in note and "loss" in note:
-        program = with_fused_loss(program)
-    for words, changed in _STATED.items():
-        program = changed(program) if words in note else program
-    for words, fused_softmax in (("torch attention", False), ("megatron attention", True)):
-        if words in note:
-            return without_flash(program, fused_softmax)
-    return program
 
 
 def links_of(row: dict[str, str]) -> tuple[float | None, float | None]:

@@ -282,6 +282,7 @@ def end_of_step(
         update = update_time(gpu, job, rank, by_role).seconds
         if job.zero_stage < 2:
             update += _copies_into_buckets(gpu, job, parameters)
+            update += pointwise(gpu, program.end_passes * parameters, "optimizer")
         scatter = _reduction(gpu, job, parameters)
         gather = _gather(gpu, job, parameters) if job.zero_stage else 0.0 if _sums_at_end(job) else scatter
         if job.zero_stage >= 2:  # already part of every micro-batch

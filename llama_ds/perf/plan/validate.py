@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from llama_ds.config.context_parallel import NODE_RANKS
 from llama_ds.config.recompute import GIB
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
@@ -85,8 +86,7 @@ def fits(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> Fits | None:
 def predict(row: Row, gpu: Hardware) -> float:
     """Return the planner's prediction for the row."""
     assert row.job is not None
-    if any(row.links):
-        gpu = gpu.with_links(*row.links)
+    gpu = gpu.with_links(*row.links, row.node_ranks)
     if row.kind == "peak_mem_gib":
         return published_memory(row.job, row.reserved) / GIB
     step = step_time(gpu, row.job)
@@ -174,7 +174,7 @@ def _speeds(checked: Iterable[Checked]) -> Iterator[tuple[tuple[bool, bool], str
         if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100") and job and job.whole_model:
             slower = item.predicted / item.row.value
             faster = slower if item.row.kind == "iteration_s" else 1 / slower
-            yield kind(job, 8), group_of(item.row.source), faster
+            yield kind(job, item.row.node_ranks or NODE_RANKS), group_of(item.row.source), faster
 
 
 def _interval(by_source: Mapping[str, list[float]]) -> Interval:

@@ -1,0 +1,208 @@
+"""What training programs do differently from those in `program.py`, counted in their code.
+
+Each function returns the program with one such difference; `rows.py` chooses them by what a row's note states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from llama_ds.perf.plan.program import MEGATRON, OURS, MemoryTraffic, Program
+
+# RMSNorm as Meta published it, one kernel for each operation, in fp32: cast 6, square 8, mean 4, product 8, cast 6,
+# product with the weight 4. The backward: products with the weight 10, cast 6, product 20, square 12, sum 12, cast 6.
+# In place of 4 and 6 bytes in one kernel, twice a layer; the fp32 input and the normalized output are kept.
+_NORM_KERNELS = (7, 12)
+
+
+@cache
+def with_plain_norms(program: Program) -> Program:
+    """Return a LLaMA program whose norms are computed operation by operation."""
+    return replace(
+        program,
+        name=f"{program.name}_norms",
+        hidden=MemoryTraffic(program.hidden.forward + 2 * (36 - 4), program.hidden.backward + 2 * (66 - 6)),
+        kernels_forward=program.kernels_forward + 2 * (_NORM_KERNELS[0] - 1),
+        kernels_backward=program.kernels_backward + 2 * (_NORM_KERNELS[1] - 1),
+        kept_norm=8,
+    )
+
+
+@cache
+def with_fused_loss(program: Program) -> Program:
+    """Return a program whose loss overwrites the 16-bit logits with their gradient."""
+    return replace(program, name=f"{program.name}_loss", logits=OURS.logits, kept_logits=4)
+
+
+@cache
+def with_small_gradients(program: Program) -> Program:
+    """Return a program that accumulates and reduces gradients in 16 bits."""
+    return replace(program, name=f"{program.name}_16", reduced_bytes=2, gradient_bytes=2, accumulation=6)
+
+
+@cache
+def with_bf16_reduction(program: Program) -> Program:
+    """Return a program that sends gradients in bf16."""
+    return replace(program, name=f"{program.name}_bf16_sums", reduced_bytes=2)
+
+
+@cache
+def with_bf16_states(program: Program) -> Program:
+    """Return a program whose AdamW has weights, gradients and moments in bf16, and no fp32 weights.
+
+    By torch's operations on lists of tensors: norm 2, clipping 4, decay 4, first moment 6, second 10, root 4, quotient
+    4, sum 4, update 8.
+    """
+    return replace(program, name=f"{program.name}_bf16_states", state_bytes=4, optimizer_bytes=46)
+
+
+@cache
+def with_fused_swiglu(program: Program) -> Program:
+    """Return a program with a kernel for SwiGLU, which keeps its inputs and its result."""
+    return replace(program, name=f"{program.name}_swiglu", inner=OURS.inner, kept_inner=6)
+
+
+@cache
+def with_plain_rotation(program: Program) -> Program:
+    """Return a program whose rotary embedding is computed operation by operation.
+
+    Of queries and keys, half of the elements that `heads` counts: negation of one half 2, concatenation 4, two products
+    8, sum 6; backward: two products 8, two padded slices 8, their sum 6, negation 2, sum 6. In place of 4 and 6 bytes.
+    """
+    heads = MemoryTraffic(program.heads.forward + (20 - 4) / 2, program.heads.backward + (30 - 6) / 2)
+    return replace(program, name=f"{program.name}_rotation", heads=heads)
+
+
+@cache
+def with_cast_norms(program: Program) -> Program:
+    """Return a LLaMA program whose norms, each a kernel, read fp32 copies of the residuals.
+
+    Cast 6 and norm 6 in place of 4; backward: norm 10 and cast 6 in place of 6. The copy and the result are kept.
+    """
+    hidden = MemoryTraffic(program.hidden.forward + 2 * (12 - 4), program.hidden.backward + 2 * (16 - 6))
+    return replace(program, name=f"{program.name}_cast", hidden=hidden, kept_norm=6)
+
+
+@cache
+def with_broadcasts(program: Program) -> Program:
+    """Return a program whose ZeRO-1 broadcasts whole tensors, as InternLM's does."""
+    return replace(program, name=f"{program.name}_broadcasts", broadcasts=True)
+
+
+@cache
+def with_megatron_vocabulary(program: Program) -> Program:
+    """Return a program with Megatron-LM's padding of the vocabulary, and its loss in fp32."""
+    return replace(program, name=f"{program.name}_padded", padded_vocab=MEGATRON.padded_vocab, logits=MEGATRON.logits)
+
+
+@cache
+def with_deepspeed(program: Program) -> Program:
+    """Return a program with DeepSpeed's buckets, into which gradients are copied and divided, and its optimizer."""
+    return replace(
+        program,
+        name=f"{program.name}_deepspeed",
+        buffers_gib=MEGATRON.buffers_gib,
+        optimizer_bytes=MEGATRON.optimizer_bytes,
+        step_copies=8,
+    )
+
+
+@cache
+def with_separate_gate(program: Program) -> Program:
+    """Return a program that multiplies gate and up one after the other."""
+    return replace(program, name=f"{program.name}_gate", separate=(False, True))
+
+
+@cache
+def with_separate_products(program: Program) -> Program:
+    """Return a program that multiplies queries, keys, values, gate and up one after the other."""
+    return replace(program, name=f"{program.name}_separate", separate=(True, True))
+
+
+@cache
+def with_transformers(program: Program) -> Program:
+    """Return a program with transformers' LLaMA: separate products, and a loss of shifted logits in fp32.
+
+    Cast 6, copy of all tokens but the last 8, log-softmax 8; backward: gradient of the picked logits 4, log-softmax 12,
+    the copy's gradient among zeros 12, cast 6.
+    """
+    changed = with_separate_products(program)
+    return replace(changed, name=f"{changed.name}_hf", logits=MemoryTraffic(22, 34), kept_logits=18)
+
+
+@cache
+def with_copies(program: Program, forward: float, backward: float) -> Program:
+    """Return a program that moves these bytes for each element of the queries around attention.
+
+    Keys and values repeated to all heads: written 4; their gradients read 4. Repeated before rotation (litgpt): written
+    with the queries 8, rotated 20, queries and keys concatenated 8; gradients 8, 30 and 8. Rows unpadded: three tensors
+    gathered 12, the result scattered 6; three gradients scattered 18, one gathered 4.
+    """
+    copies = MemoryTraffic(program.copies.forward + forward, program.copies.backward + backward)
+    return replace(program, name=f"{program.name}_copies", copies=copies)
+
+
+@cache
+def with_own_sums(program: Program) -> Program:
+    """Return a program in which each column-parallel product sums its input gradient, and waits for it.
+
+    So Paddle's `_c_identity`: five all-reduces in the backward of a layer with separate products, not two.
+    """
+    return replace(program, name=f"{program.name}_sums", own_sums=True)
+
+
+@cache
+def with_sums_beside_weights(program: Program) -> Program:
+    """Return a program whose products sum their input gradients while they compute their weight gradients."""
+    return replace(program, name=f"{program.name}_beside", own_sums=True, sums_beside_weights=True)
+
+
+@cache
+def with_waiting_reduction(program: Program) -> Program:
+    """Return a program whose ZeRO-2 sums each gradient on the stream of the computation, as Paddle's stage 2."""
+    return replace(program, name=f"{program.name}_waiting", waits_for_reduction=True)
+
+
+@cache
+def with_recomputed_norms(program: Program) -> Program:
+    """Return a program that computes norms of fp32 copies again in the backward: twice 12 bytes, and a sum of 6."""
+    hidden = MemoryTraffic(program.hidden.forward, program.hidden.backward + 30)
+    return replace(program, name=f"{program.name}_again", hidden=hidden, kept_norm=4)
+
+
+@cache
+def with_plain_optimizer(program: Program) -> Program:
+    """Return a program whose update is computed operation by operation, on gradients from buckets.
+
+    Sum of an fp32 copy 10, norm 2, flattening 4, cast 6, clipping 8, AdamW 88, cast of the weights 6. AdamW: decay 8,
+    product and sum of the first moment 20, of the second 20, root, quotient and sum 24, update 16. Gradients are copied
+    into a bucket, divided and copied back.
+    """
+    return replace(program, name=f"{program.name}_update", optimizer_bytes=124, step_copies=12)
+
+
+@cache
+def with_biases(program: Program) -> Program:
+    """Return a program that adds biases to q, k, v, gate and up, each 4 bytes, and sums all biases' gradients, 2."""
+    heads = MemoryTraffic(program.heads.forward + 3, program.heads.backward + 1.5)
+    hidden = MemoryTraffic(program.hidden.forward, program.hidden.backward + 4)
+    inner = MemoryTraffic(program.inner.forward + 8, program.inner.backward + 4)
+    return replace(program, name=f"{program.name}_biases", hidden=hidden, heads=heads, inner=inner)
+
+
+@cache
+def without_flash(program: Program, fused_softmax: bool) -> Program:
+    """Return a LLaMA program whose attention computes all scores.
+
+    Megatron's scaled masked softmax is one kernel: 4 and 6 bytes, and its output is kept. Of torch, scale 4, mask 4,
+    cast to fp32 6, softmax 8, cast 6; the backward reads and writes as much again with one more operand: 38.
+    """
+    traffic, kept = (MemoryTraffic(4, 6), 2) if fused_softmax else (MemoryTraffic(28, 38), 6)
+    return replace(program, name=f"{program.name}_scores", flash=False, scores=traffic, kept_scores=kept)
+
+
+@cache
+def with_attention(program: Program, kernel: str) -> Program:
+    """Return a program with this kernel for its fused attention."""
+    return replace(program, name=f"{program.name}_{kernel}", attention=kernel)
