@@ -17,12 +17,13 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.planned_documents import one_document, ring_imbalance
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan import search as plan_search
 from llama_ds.perf.plan.bound import lower_bound
 from llama_ds.perf.plan.cost import run_cost
 from llama_ds.perf.plan.estimate import estimate, report
 from llama_ds.perf.plan.job import job_of
 from llama_ds.perf.plan.page import page
-from llama_ds.perf.plan.search import KINDS, SearchResult, layouts, search
+from llama_ds.perf.plan.search import KINDS, SearchResult, layouts, nearest, search
 from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.sizes import rows_of
 from llama_ds.perf.plan.step import step_time
@@ -212,6 +213,14 @@ def test_an_impossible_request_names_the_nearest_possible(size: str, gpus: int, 
     match = re.search(r"On ([\d,]+) GPUs there is one", str(error.value))
     assert match
     assert search(run, int(match[1].replace(",", "")), A100, top=1).best
+
+
+def test_the_nearest_possible_may_be_a_zero_bubble_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing else fits; Vs that hold less may, and their size is named instead of a larger one."""
+    monkeypatch.setattr(plan_search, "candidate", lambda *_: None)
+    gpu = replace(A100, memory_gib=40)
+    assert nearest(base("7b", "training.global_batch=16"), 12, gpu).startswith("On 8 GPUs there is one")
+    assert nearest(base("7b", "training.global_batch=16"), 12, replace(gpu, memory_gib=1)).startswith("Use GPUs with")
 
 
 def test_tokens_become_rows_that_layouts_can_divide() -> None:

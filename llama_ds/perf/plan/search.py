@@ -321,7 +321,16 @@ def nearest(base: RunConfig, world: int, gpu: Hardware) -> str:
     for count in sorted(dict.fromkeys(near), key=lambda n: (abs(n - world), n)):
         if count == world:
             continue
-        for run in layouts(base, count, gpu):
-            if run.parallel.schedule not in V_SCHEDULES and candidate(run, count, gpu, {}):
-                return f"On {count:,} GPUs there is one: use that, or a smaller model, sequence length or batch"
+        if _possible(base, count, gpu):
+            return f"On {count:,} GPUs there is one: use that, or a smaller model, sequence length or batch"
     return "Use GPUs with more memory, a smaller model or a shorter sequence length"
+
+
+def _possible(base: RunConfig, world: int, gpu: Hardware) -> bool:
+    """Return whether any layout fits. Zero-bubble Vs come last: each has to be ordered, and few fit alone."""
+    runs = list(layouts(base, world, gpu))
+    if any(run.parallel.schedule not in V_SCHEDULES and candidate(run, world, gpu, {}) for run in runs):
+        return True
+    sizes = (size for run in runs if run.parallel.schedule in V_SCHEDULES for size in v_sizes(run, world, gpu, {}))
+    ordering = Ordering()
+    return any(size.fastest(gpu, math.inf, ordering, {}) for size in sizes)
