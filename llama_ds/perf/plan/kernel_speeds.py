@@ -17,6 +17,7 @@ _ON_A100 = {FLASH_1: 0.44, TRITON: 0.525}
 # figures 5 and 6. Nobody measured the first FlashAttention there.
 _ON_H100 = {FLASH_1: 0.44, TRITON: 0.67, CUDNN: 1.8}
 _SMALL_HEADS = 0.67
+_COMPILED = {FLASH_1: (16, 32, 64, 128), FLASH_2: (32, 64, 96, 128, 160, 192, 224, 256)}
 
 
 def relative_speed(kernel: str, device: str, head_dim: int) -> float:
@@ -24,3 +25,8 @@ def relative_speed(kernel: str, device: str, head_dim: int) -> float:
     if kernel == FLASH_1 and head_dim < _LARGE_HEAD:
         return _SMALL_HEADS
     return (_ON_A100 if device == "A100" else _ON_H100).get(kernel, 1.0)
+
+
+def padded_head(kernel: str, head_dim: int) -> int:
+    """Return the head size that a kernel computes with: the next one for which it was compiled."""
+    return next((size for size in _COMPILED.get(kernel, ()) if size >= head_dim), head_dim)

@@ -25,7 +25,7 @@ from llama_ds.perf.plan.communication import (
 from llama_ds.perf.plan.compute import flash_attention, fp8_gemm, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import OP, StepJob
-from llama_ds.perf.plan.kernel_speeds import relative_speed
+from llama_ds.perf.plan.kernel_speeds import padded_head, relative_speed
 from llama_ds.perf.plan.program import MemoryTraffic, Program
 from llama_ds.perf.plan.row_sharing import RowSharing, shared_attention
 
@@ -154,7 +154,7 @@ def _layer(
     shared = shared_attention(
         gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes, documents
     )
-    speed = relative_speed(program.attention, gpu.device, head_dim) if program.flash else 1.0
+    speed = _kernel_speed(gpu, program.attention, seq_len, head_dim) if program.flash else 1.0
     attention, attention_back = (time / speed for time in shared.attention)
     scale = program.element_bytes / 2
     scores = rows * local_heads * seq_len * seq_len * scale / sharing.size
@@ -239,6 +239,15 @@ def _layer(
         key, output, up = keys / (queries + 2 * keys) * forward_gemm[0], forward_gemm[1], forward_gemm[2] / 2
         recompute = Parts(key + output + up, 0.0, forward.pointwise, host=forward.host)
     return LayerTime(forward, recompute, backward, weights, hidden_ahead)
+
+
+def _kernel_speed(gpu: Hardware, kernel: str, seq_len: int, head_dim: int) -> float:
+    """Return the speed of fused attention over that of FlashAttention-2 on heads that fill its tiles."""
+    speed = relative_speed(kernel, gpu.device, head_dim)
+    if gpu.curves and gpu.curves.attention:  # measured as it is
+        return speed
+    own, padded = (flash_attention(gpu, 1, seq_len, 1, size) for size in (head_dim, padded_head(kernel, head_dim)))
+    return speed * own[0] / padded[0]
 
 
 def _hidden(
