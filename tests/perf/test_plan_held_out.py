@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from published import DATA, HEADER, MACHINES, checked, times
 
+from llama_ds.perf.plan.communication import RankGroup, layer_sum
+from llama_ds.perf.plan.layer import layer_time
 from llama_ds.perf.plan.memory import needed_memory
 from llama_ds.perf.plan.program import LLAMA
 from llama_ds.perf.plan.program_options import (
@@ -30,11 +32,11 @@ def held_out() -> list[Checked]:
 
 
 def test_runs_to_which_nothing_was_fitted_are_predicted_within_bounds(held_out: list[Checked]) -> None:
-    """The errors in docs/measurements, 2026-11-30 third rows; gdGPT's, up to 140 percent off, are among them."""
+    """The errors in docs/measurements, 2026-11-30 fourth rows; gdGPT's and Qwen's, up to 170 percent off, are among them."""
     found = summary(times(held_out, "a100"))
-    assert found["rows"] == 165
-    assert found["median"] < 0.05
-    assert found["p90"] < 0.23
+    assert found["rows"] == 244
+    assert found["median"] < 0.06
+    assert found["p90"] < 0.28
     llama = summary([c for c in times(held_out, "a100") if "InternEvo" in c.row.source])
     assert llama["rows"] == 48
     assert llama["p90"] < 0.1, "steps of one micro-batch on 1,024 GPUs are 25 percent too fast"
@@ -70,9 +72,9 @@ def test_sums_of_input_gradients_beside_weight_gradients_are_mostly_hidden(tmp_p
 
 def test_held_out_runs_that_were_out_of_memory_are_recognised() -> None:
     found = fits(read_rows(DATA / "held_out_runs.csv"), MACHINES)
-    assert found and (found.ran, found.failed) == (260, 13)
+    assert found and (found.ran, found.failed) == (380, 13)
     assert found.said_to_fail >= 11, "gdGPT's ZeRO-3 with 1,024 and 1,280 tokens a row is said to fit"
-    assert found.agreement >= 0.97
+    assert found.agreement >= 0.96
 
 
 def test_programs_differ_in_what_their_kernels_move_and_keep() -> None:
@@ -147,3 +149,21 @@ def test_states_in_bf16_take_a_third_of_the_memory() -> None:
     small = with_bf16_states(LLAMA)
     assert (small.state_bytes, LLAMA.state_bytes) == (4, 12)
     assert small.optimizer_bytes > LLAMA.optimizer_bytes, "torch's AdamW without a fused kernel"
+
+
+def test_flash_attention_computes_heads_as_large_as_its_tiles(tmp_path: Path) -> None:
+    """Heads of 80 take as long as heads of 96, those of 96 and 128 only their own time."""
+    seconds = []
+    for heads in (32, 27):  # 2,560 and 2,592 numbers a token, in heads of 80 and 96
+        row = ROW.replace(",4096,32,32,32,", f",{heads * {32: 80, 27: 96}[heads]},32,{heads},{heads},")
+        (tmp_path / "mine.csv").write_text("\n".join([HEADER, row + "FlashAttention-2"]) + "\n")
+        (job,) = (one.job for one in read_rows(tmp_path / "mine.csv"))
+        assert job
+        seconds.append(layer_time(MACHINES["a100-80gb"], job, "none").forward.attention / heads)
+    assert seconds[0] == pytest.approx(seconds[1])
+
+
+@pytest.mark.parametrize(("ranks", "us"), [(2, 5442.8), (3, 6757.1), (4, 7259.4), (6, 7883.3), (8, 8193.0)])
+def test_all_reduces_within_a_node_take_what_was_measured(ranks: int, us: float) -> None:
+    """One GiB, docs/calibration/nccl_allreduce_a100_nvlink.csv: what is sent, and what is copied within the GPUs."""
+    assert layer_sum(MACHINES["a100-80gb"], RankGroup(ranks), 2.0**30) * 1e6 == pytest.approx(us, rel=0.025)

@@ -13,7 +13,6 @@ from llama_ds.layout.chunk_order import passed_before
 from llama_ds.perf.plan.curves import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND
 from llama_ds.perf.plan.hardware import Hardware
 
-
 # Share of a ring over a whole node in which data is copied within the GPUs, whatever the number of ranks. The other 78%
 # are proportional to what the ring sends, (n - 1) / n of the data. All-reduces of 1 GiB over 2 to 8 A100s
 # (docs/calibration/nccl_allreduce_a100_nvlink.csv) take 1.65 s/TB and 3.42 s/TB of sent data (293 GB/s), within 1.4%.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
+from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.matrix_owners import ITERATIONS, newton_schulz_flops, owners
 from llama_ds.layout.weights import Role, weights
 from llama_ds.perf.plan.communication import RankGroup, half
@@ -63,17 +65,21 @@ def update_time(gpu: Hardware, job: StepJob, rank: int, by_role: Counter[Role]) 
 def _newton_schulz(gpu: Hardware, job: StepJob, rank: int) -> tuple[float, float]:
     """Return (seconds of the rank with the most, FLOPs of all ranks) for the matrices of a pipeline position."""
     placement = job.placement
-    stages = [placement.stage(rank, chunk) for chunk in range(placement.chunks)]
-    layers = sum(job.layers[stage] for stage in stages)
-    table = weights(job.model)
+    layers = sum(job.layers[placement.stage(rank, chunk)] for chunk in range(placement.chunks))
+    return _matrices(gpu, job.model, layers, job.axes.data_axis * job.tp, job.program.element_bytes)
+
+
+@lru_cache(maxsize=10_000)  # a search asks for the same layers and ranks under every schedule and micro-batch
+def _matrices(gpu: Hardware, model: ModelConfig, layers: int, ranks: int, element_bytes: int) -> tuple[float, float]:
+    """Return the same for the hidden matrices of `layers` layers, which `ranks` ranks share."""
     shapes = [
-        weight.shape(job.model) for (layer, _), weight in table if layer == 1 and weight.role is Role.HIDDEN_MATRIX
+        weight.shape(model) for (layer, _), weight in weights(model) if layer == 1 and weight.role is Role.HIDDEN_MATRIX
     ] * layers
     costs = [newton_schulz_flops(rows, columns, ITERATIONS) for rows, columns in shapes]
-    loads = [0.0] * (job.axes.data_axis * job.tp)
-    for shape, owner in zip(shapes, owners(costs, [0] * len(loads)), strict=True):
+    loads = [0.0] * ranks
+    for shape, owner in zip(shapes, owners(costs, [0] * ranks), strict=True):
         n, m = sorted(shape)
         step = gemm(gpu, n, n, m) + gemm(gpu, n, n, n) + gemm(gpu, n, m, n)
-        moved = job.program.element_bytes * (WHOLE_PASSES * n * m + SQUARE_PASSES * n * n)
+        moved = element_bytes * (WHOLE_PASSES * n * m + SQUARE_PASSES * n * n)
         loads[owner] += ITERATIONS * (step + pointwise(gpu, moved))
     return max(loads), float(sum(costs))
