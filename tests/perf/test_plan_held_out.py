@@ -32,7 +32,7 @@ def held_out() -> list[Checked]:
 
 
 def test_runs_to_which_nothing_was_fitted_are_predicted_within_bounds(held_out: list[Checked]) -> None:
-    """The errors in docs/measurements, 2026-11-30 fourth rows; gdGPT's and Qwen's, up to 170 percent off, are among them."""
+    """The errors in docs/measurements, 2026-11-30 fourth rows; gdGPT's and Qwen's, up to 170 percent off, are in."""
     found = summary(times(held_out, "a100"))
     assert found["rows"] == 244
     assert found["median"] < 0.06
