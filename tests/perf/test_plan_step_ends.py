@@ -90,4 +90,4 @@ def test_bf16_gradients_pay_where_neighbours_add_them_first() -> None:
         return estimate(run, 2048, GPU).step.reduction
 
     bf16 = "deepspeed.communication_data_type=bf16"
-    assert reduction(bf16, "parallel.gradient_neighbours=4") < 0.8 * reduction() < 0.5 * reduction(bf16)
+    assert reduction(bf16, "parallel.gradient_neighbours=4") < 0.85 * reduction() < 0.5 * reduction(bf16)
