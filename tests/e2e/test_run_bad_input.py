@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bad_input_cases import CASES, Case, Site
-from launching import TRAIN, Finished, forked, run, succeed, warm_deepspeed
+from launching import TRAIN, Finished, deepspeed, forked, run, succeed
 from tiny_run import Corpus, Run, write_run
 
 from llama_ds.machine import free_port
@@ -70,7 +70,7 @@ def test_launcher_passes_the_failure_on(
 ) -> None:
     """What all ranks find and what the launcher itself finds; the cases above have every other mistake of ranks."""
     sound = make_run("refused", {"parallel.pp": 2})
-    done = run(warm_deepspeed(ranks, *options, TRAIN, sound.file), tmp_path / "log")
+    done = run([*deepspeed(ranks, *options), TRAIN, str(sound.file)], tmp_path / "log")  # its own words, in /proc
     assert done.code != 0
     assert "Traceback" not in done.output
     (error,) = done.errors
