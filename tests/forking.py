@@ -60,7 +60,7 @@ def main() -> None:
     else:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(where)
-        listener.listen()  # who connects meanwhile waits
+        listener.listen()  # clients that connect meanwhile wait
         preload()
         request = serve(accepted(listener))
     if not request:
