@@ -93,7 +93,23 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str, joint_share: float = 0.
     rest = job.sequence_parallel, policy, job.sharing, job.split_share, job.attended
     fp8 = job.fp8, job.fp8_weight_gradients, job.fp8_weight_uses
     found = _layer(gpu, job.program, shape, *sizes, *rest, fp8, job.tp_chunks, (job.joint, joint_share))
-    return _launched_at_once(gpu, found) if job.cuda_graphs and not gpu.host_computes else found
+    if gpu.host_computes:
+        return found
+    if job.zero_stage == 3:
+        found = _gathered(gpu, job.program, policy, found)
+    return _launched_at_once(gpu, found) if job.cuda_graphs else found
+
+
+def _gathered(gpu: Hardware, program: Program, policy: str, time: LayerTime) -> LayerTime:
+    """Return the times of a layer with the host's work of gathering and releasing its weights by ZeRO-3."""
+    forward, backward = (gpu.calibration.launch_us * 1e-6 * launches for launches in program.zero3_launches)
+    again = forward if policy == "full" else 0.0
+    return replace(
+        time,
+        forward=replace(time.forward, host=time.forward.host + forward),
+        recompute=replace(time.recompute, host=time.recompute.host + again),
+        input_backward=replace(time.input_backward, host=time.input_backward.host + backward),
+    )
 
 
 def _launched_at_once(gpu: Hardware, time: LayerTime) -> LayerTime:

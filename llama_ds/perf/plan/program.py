@@ -48,6 +48,7 @@ class Program:
     broadcasts: bool = (
         False  # ZeRO-1 sums all gradients on all ranks; each rank broadcasts its tensors after the update
     )
+    zero3_launches: tuple[int, int] = (0, 0)  # host's work for a layer's weights in forward, backward, in launches
     sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
     gradient_bytes: float = 4  # bytes kept per parameter until the step
     state_bytes: float = 12  # bytes kept per parameter by the optimizer: fp32 weights and two moments
@@ -95,6 +96,7 @@ OURS = Program(
     overlaps_reduction=True,
     overlaps_tensor=True,
     sums_at_end=True,
+    zero3_launches=(75, 80),
     sums_norms=True,
 )
 
@@ -181,6 +183,7 @@ AUTOGRAD = replace(
     OURS,
     name="autograd",
     sums_at_end=False,
+    zero3_launches=(0, 0),
     sums_norms=False,
     hidden=MemoryTraffic(28, 44),
     heads=MemoryTraffic(8, 12),

@@ -98,10 +98,16 @@ def with_megatron_vocabulary(program: Program) -> Program:
 
 @cache
 def with_deepspeed(program: Program) -> Program:
-    """Return a program with DeepSpeed's buckets, into which gradients are copied and divided, and its optimizer."""
+    """Return a program with DeepSpeed's buckets, into which gradients are copied and divided, and its optimizer.
+
+    Its hooks around every module and weight of a layer of transformers, which gather, count and release, take a host
+    12.4 ms by ZeRO-3 where the layer's 120 kernels take it 2.5 ms
+    (docs/measurements/2026-11-30-planner-fourth-rows.md).
+    """
     return replace(
         program,
         name=f"{program.name}_deepspeed",
+        zero3_launches=(300, 245),
         buffers_gib=MEGATRON.buffers_gib,
         optimizer_bytes=MEGATRON.optimizer_bytes,
         step_copies=8,
