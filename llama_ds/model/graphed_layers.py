@@ -116,7 +116,7 @@ class GraphedLayer:
         """(B, S, D) -> (B, S, D)."""
         return _Graphed.apply(x, self, *self.layer.parameters_in_order())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+    def forward(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Compute the layer for x (B, S, D), without autograd; return its output and the slot that the backward needs.
 
         The output keeps its value until the backward has run.
@@ -124,7 +124,7 @@ class GraphedLayer:
         if self.below is None:
             self._chunk.take()
         slot = self._chunk.slot
-        self._check_weights()
+        self._check_in_place(weights)
         if slot not in self._slots:
             self._slots[slot] = self._capture_forward(slot, x)
         else:
@@ -271,18 +271,15 @@ class GraphedLayer:
         elif given.data_ptr() != static.data_ptr():
             raise RuntimeError(f"{self._name} is not given what its neighbour in the same slot has computed")
 
-    def _check_weights(self) -> None:
-        addresses = [weight.data_ptr() for weight in self.layer.parameters_in_order()]
+    def _check_in_place(self, weights: Sequence[Tensor]) -> None:
+        addresses = [weight.data_ptr() for weight in weights]
         self._addresses = self._addresses or addresses
         if addresses != self._addresses:
             raise self._refusal("has weights that have moved since it was captured", "training")
 
     def _buffers(self) -> list[Tensor]:
-        buffer_of, layer = self._chunk.gradients.buffer_of, self.layer
-        if buffer_of is None:
-            return []
-        modules = (*layer.wide_attention, layer.self_attn.o_proj, *layer.wide_mlp, layer.mlp.down_proj)
-        return [buffer_of(module.weight) for module in modules]
+        buffer_of = self._chunk.gradients.buffer_of
+        return [buffer_of(p) for p in self.layer.parameters_in_order() if p.dim() > 1] if buffer_of else []
 
     @property
     def _name(self) -> str:
@@ -297,7 +294,7 @@ class _Graphed(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: GraphedLayer, *parameters: Tensor) -> Tensor:
         ctx.layer = layer
-        y, ctx.slot = layer.forward(x)
+        y, ctx.slot = layer.forward(x, parameters)
         return y
 
     @staticmethod
