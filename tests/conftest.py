@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Generator
@@ -16,6 +17,12 @@ import pytest
 # Hypothesis' own deadline of 200 ms per example judges by a clock that a loaded machine stops.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> None:
+    """Lines of the package's log reach `caplog` once, whatever `log.setup` an earlier test of the process called."""
+    logging.getLogger("llama_ds").propagate = True
 
 
 def fail_if_skipped_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:

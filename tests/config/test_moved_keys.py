@@ -47,7 +47,6 @@ MOVED = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logger, "propagate", True)  # earlier tests may have changed it
     caplog.set_level(logging.WARNING, logger.name)
 
 

@@ -212,7 +212,6 @@ def test_lines_of_metrics_wait_for_room_on_a_full_disk(
         return written
 
     monkeypatch.setattr(line_file, "os", SimpleNamespace(write=write_until_full, close=os.close))
-    monkeypatch.setattr(logger, "propagate", True)
     for step in range(1, 500):
         room = 37 if step == 100 else room
         log.record({"step": step, "loss": 1 / step})
@@ -233,7 +232,6 @@ def test_metrics_that_wait_take_limited_memory(
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(line_file, "os", SimpleNamespace(write=full, close=os.close))
     monkeypatch.setattr(line_file, "MAX_WAITING", 40)
-    monkeypatch.setattr(logger, "propagate", True)
     for step in range(1, 10):
         log.record({"step": step, "loss": 0.5})  # 24 bytes
     full.side_effect = os.write
