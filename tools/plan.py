@@ -39,7 +39,7 @@ from llama_ds.perf.plan.models import base_run, stages_of
 from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.rows import Row, read_rows
 from llama_ds.perf.plan.search import search
-from llama_ds.perf.plan.validate import check, fits
+from llama_ds.perf.plan.validate import assumptions, check, fits
 from llama_ds.perf.plan.write import write
 
 EXAMPLES = """examples:
@@ -280,7 +280,7 @@ def plan_validate(args: argparse.Namespace) -> Answer:
     if not (checked or memory):
         reasons = "; ".join(f"{count} {why}" for why, count in skipped.items()) or "the files hold no rows"
         raise UserError(f"{', '.join(args.data)}: no row can be compared: {reasons}; fill in the layout columns")
-    return Answer(*tables.errors(checked, skipped, memory, args.rows))
+    return Answer(*tables.errors(checked, skipped, assumptions(rows, machines), memory, args.rows))
 
 
 def plan_fit(args: argparse.Namespace) -> Answer:

@@ -43,6 +43,7 @@ from llama_ds.perf.plan.rows import KINDS, Row, read_rows, stages_of
 from llama_ds.perf.plan.step import step_time
 from llama_ds.perf.plan.validate import (
     Checked,
+    assumptions,
     check,
     fits,
     groups,
@@ -164,6 +165,11 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("kernel for RMSNorm; reduction beside the backward", AUTOGRAD, True),
         ("kernel for RMSNorm; FlashAttention-1", with_attention(LLAMA, FLASH_1), True),
         ("kernel for RMSNorm; FlashAttention-2", LLAMA, True),
+        ("kernel for RMSNorm; flash_attn v1.0.9", with_attention(LLAMA, FLASH_1), True),
+        ("kernel for RMSNorm; flash attention 2.3", LLAMA, True),
+        ("flash attn, without a kernel for RMSNorm", with_plain_norms(LLAMA), True),
+        ("FSDP; unfused RMSNorm", with_plain_norms(AUTOGRAD), True),
+        ("kernel for RMSNorm; loss by operations", LLAMA, True),
         ("torch attention", without_flash(with_plain_norms(LLAMA), False), False),
         ("Megatron attention, RMS kernel", without_flash(LLAMA, True), False),
     ],
@@ -177,6 +183,20 @@ def test_a_gpt_program_is_that_of_the_note() -> None:
     assert program_of({"note": "NeMo 24.09; flash; bf16", "model": "GPT-175B"}) is NEMO_GPT
     assert program_of({"note": "DeepSpeed ZeRO-3 of 2021", "model": "GPT-175B"}) is ZERO3_2021
     assert program_of({"note": "as NeoX; FlashAttention-2", "model": "GPT-4B"}) is with_attention(NEOX, FLASH_2)
+
+
+def test_it_is_said_what_rows_leave_open(tmp_path: Path) -> None:
+    """A run read as another program than it was would be blamed on the planner."""
+    stated = GOOD.replace(",8,1,1,8,1,0,full,1,4,64,", ",16,2,1,8,1,1,full,1,4,64,").replace("GPT,", "LLaMA,")
+    open_ = stated.replace(",1,1,full,1,", ",1,,,,").replace(",50257,", ",,")
+    note = '"kernel for RMSNorm; flash_attn 2; no overlap; 400 Gbps"'
+    (tmp_path / "mine.csv").write_text("\n".join([HEADER, stated + note, open_, GOOD + "FSDP", ""]))
+    rows = read_rows(tmp_path / "mine.csv")
+    assert rows[0].assumed == rows[2].assumed == ()
+    words = "a vocabulary of 50,257", "no recompute", "no ZeRO", "no sequence parallelism"
+    kernels = "attention by FlashAttention-2", "norms by operations", "gradients reduced behind the last backward"
+    assert rows[1].assumed == (*words, "the network of the machine's description", *kernels)
+    assert assumptions([*rows, rows[1]], MACHINES) == dict.fromkeys(rows[1].assumed, 2)
 
 
 def test_norms_by_operations_and_scores_take_time_and_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from llama_ds.perf.plan.kernel_speeds import FLASH_1, FLASH_2
@@ -43,6 +44,9 @@ from llama_ds.perf.plan.program_options import (
     without_flash,
 )
 
+_FLASH = re.compile(r"flash[-_ ]?(?:att(?:entio)?n)?[-_ ]?(?:v|version )?([12])\b", re.IGNORECASE)
+_PLAIN = re.compile(r"by torch|by operations|unfused|not fused|without|\bno\b")  # in what a note says of RMSNorm
+_SCORES = (("torch attention", False), ("megatron attention", True))  # words, and whether the softmax is one kernel
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
 _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lower case, for LLaMA-like programs
     "gradients in bf16": with_small_gradients,
@@ -73,13 +77,37 @@ _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lo
 def program_of(row: dict[str, str]) -> Program:
     """Return the program of a row: for LLaMA-like models and others by the note, otherwise Megatron."""
     program = _program_of(row)
-    kernel = next((name for name in (FLASH_1, FLASH_2) if name in row["note"]), program.attention)
+    stated = _FLASH.search(row["note"])
+    kernel = {"1": FLASH_1, "2": FLASH_2}[stated[1]] if stated else program.attention
     return program if kernel == program.attention else with_attention(program, kernel)
 
 
+def unstated(row: dict[str, str]) -> list[str]:
+    """Return what is assumed of the kernels of a LLaMA-like program because the row's note does not state it."""
+    note = row["note"].lower()
+    if not _like_llama(row) or "nemo" in note:
+        return []
+    found, overlapping = [], _overlaps(note)
+    if not (_FLASH.search(note) or any(words in note for words, _ in _SCORES)):
+        found.append("attention by FlashAttention-2")
+    if "norm" not in note and "rms" not in note:
+        found.append(f"norms {'in one kernel' if overlapping else 'by operations'}")
+    if not overlapping and "overlap" not in note and "sharding stage" not in note:
+        found.append("gradients reduced behind the last backward")
+    return found
+
+
+def _like_llama(row: dict[str, str]) -> bool:
+    return any(name in row["model"].lower() for name in ("llama", "mistral", "smollm"))
+
+
+def _overlaps(note: str) -> bool:
+    return any(words in note for words in _OVERLAPPING)
+
+
 def _program_of(row: dict[str, str]) -> Program:
-    note, model = row["note"].lower(), row["model"].lower()
-    if "llama" in model or "mistral" in model or "smollm" in model:
+    note = row["note"].lower()
+    if _like_llama(row):
         return _llama_program(note)
     if "neox" in note:
         return NEOX
@@ -96,15 +124,16 @@ def _llama_program(note: str) -> Program:
     """Return a LLaMA-like program by what the note states of its norms, loss, reduction and attention."""
     if "nemo" in note:
         return NEMO
-    overlapping = any(words in note for words in _OVERLAPPING)
+    overlapping = _overlaps(note)
     program = AUTOGRAD if overlapping else LLAMA
-    if "rmsnorm by torch" in note or not (overlapping or "rms" in note):
+    of_norms = [clause for clause in re.split("[;,]", note) if "rms" in clause]
+    if any(map(_PLAIN.search, of_norms)) or not (overlapping or of_norms):
         program = with_plain_norms(program)
-    if "kernel" in note and "loss" in note:
+    if any("kernel" in clause and "loss" in clause for clause in note.split(";")):
         program = with_fused_loss(program)
     for words, changed in _STATED.items():
         program = changed(program) if words in note else program
-    for words, fused_softmax in (("torch attention", False), ("megatron attention", True)):
+    for words, fused_softmax in _SCORES:
         if words in note:
             return without_flash(program, fused_softmax)
     return program

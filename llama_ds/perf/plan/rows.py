@@ -14,7 +14,7 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import OP, Counts, StepJob
-from llama_ds.perf.plan.row_programs import program_of
+from llama_ds.perf.plan.row_programs import program_of, unstated
 from llama_ds.schedules.schedule import obstacle
 
 COLUMNS = (
@@ -52,6 +52,14 @@ _FLAGS = {
     **dict.fromkeys(("", "0", "0.0", "false", "no"), False),
     **dict.fromkeys(("1", "1.0", "true", "yes"), True),
 }
+_UNSTATED = {  # what an empty field is taken for
+    "vocab": "a vocabulary of 50,257",
+    "heads": "heads of about 128",
+    "ffn": "an inner size of 4 x hidden",
+    "recompute": "no recompute",
+    "zero_stage": "no ZeRO",
+    "sequence_parallel": "no sequence parallelism",
+}
 _RECOMPUTE = re.compile(rf"({'|'.join((*POLICIES, OP))})(?::1/([1-9]))?")
 
 
@@ -70,6 +78,7 @@ class Row:
     reserved: bool  # memory as shown by nvidia-smi, not allocated by tensors
     skipped: str = ""
     node_ranks: int | None = None  # GPUs of a node; None: as in the machine's description
+    assumed: tuple[str, ...] = ()  # what the row does not state
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -142,8 +151,17 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
     if not reason:
         found = _job(row, {k: v or 0 for k, v in numbers.items()}, virtual, sharded, zero)
         job, reason = (None, found) if isinstance(found, str) else (found, "")
-    reserved = "nvidia-smi" in row["note"]
-    return Row(line, row["id"], row["source"], gpu, kind, value, links, job, reserved, reason, _node_ranks(row))
+    reserved, node = "nvidia-smi" in row["note"], _node_ranks(row)
+    assumed = _assumed(row, job, links[1], node or NODE_RANKS) if job else ()
+    return Row(line, row["id"], row["source"], gpu, kind, value, links, job, reserved, reason, node, assumed)
+
+
+def _assumed(row: dict[str, str], job: StepJob, network: float | None, node_ranks: int) -> tuple[str, ...]:
+    unused = {"vocab": not job.whole_model, "sequence_parallel": job.tp == 1, "ffn": not job.program.gated}
+    found = [text for name, text in _UNSTATED.items() if not row[name].strip() and not unused.get(name)]
+    if network is None and job.ranks > node_ranks and row["measured_kind"] != "peak_mem_gib":
+        found.append("the network of the machine's description")
+    return (*found, *unstated(row))
 
 
 def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:

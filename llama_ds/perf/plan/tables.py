@@ -266,7 +266,11 @@ def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[st
 
 
 def errors(
-    checked: Sequence[Checked], skipped: Mapping[str, int], fits: Fits | None, each: bool
+    checked: Sequence[Checked],
+    skipped: Mapping[str, int],
+    assumed: Mapping[str, int],
+    fits: Fits | None,
+    each: bool,
 ) -> tuple[dict[str, Any], str]:
     """Return the planner's errors by source and over all rows, as plain data and as text."""
     tables = {name: summary(items) for name, items in groups(checked).items()}
@@ -277,7 +281,7 @@ def errors(
         of_sources = [t["median"] for name, t in tables.items() if name.endswith("time") and "| a100" in name]
         totals["all A100 | time"]["median_of_sources"] = statistics.median(of_sources)
     rows = [{"id": c.row.id, "measured": c.row.value, "predicted": c.predicted, "error": c.error} for c in checked]
-    data = {"sources": tables, "overall": totals, "skipped": dict(skipped), "rows": rows}
+    data = {"sources": tables, "overall": totals, "skipped": dict(skipped), "assumed": dict(assumed), "rows": rows}
     data["fits"] = fits and {**asdict(fits), "agreement": fits.agreement}
     lines = [("source | machine | what", "rows", "median |error|", "90th percentile", "bias")]
     for name, found in {**tables, **totals}.items():
@@ -305,8 +309,9 @@ def errors(
     data["in_likely"], data["likely_of"] = likely_runs(checked)
     if data["likely_of"]:
         text += f"\nof {data['likely_of']:,} runs, {data['in_likely']:,} lie in the intervals that search gives"
-    if skipped:
-        text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))
+    for title, counts in (("assumed, as rows do not state it", assumed), ("skipped", dict(sorted(skipped.items())))):
+        if counts:
+            text += f"\n\n{title}:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in counts.items())
     return data, text
 
 

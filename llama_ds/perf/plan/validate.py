@@ -83,6 +83,16 @@ def fits(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> Fits | None:
     return Fits(len(found[True]), sum(found[True]), len(found[False]), found[False].count(False))
 
 
+def assumptions(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> dict[str, int]:
+    """Return what is assumed because rows do not state it, and for how many of those that are compared."""
+    found: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row.job is not None and row.gpu in machines:
+            for text in row.assumed:
+                found[text] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def predict(row: Row, gpu: Hardware) -> float:
     """Return the planner's prediction for the row."""
     assert row.job is not None
