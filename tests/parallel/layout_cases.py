@@ -242,13 +242,18 @@ def reference_model(case: Case) -> Llama:
     return Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss), policies)
 
 
-def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, list[float]]]]:
-    """Train in plain torch on one rank.
+def train_reference(case: Case, nudge: int = 0) -> list[tuple[float, float, float, dict[str, list[float]]]]:
+    """Train in plain torch on one rank; with `nudge`, a seed, every initial weight is about a rounding away.
 
     Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`, the norms
     of every weight by kind, in the order of the weight table).
     """
     run, model = case.run, reference_model(case)
+    if nudge:
+        noise = torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 1 + 1e-7 * torch.randn(p.shape, generator=noise)
     hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name]
     wider = run.model.hidden_size / case.mup if case.mup else 1.0
     muon = PlainMuon(hidden if case.muon else [], run.optimizer, run.model)

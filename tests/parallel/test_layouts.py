@@ -22,11 +22,11 @@ import pytest
 
 from tests.parallel.drawn_layouts import drawn_layouts
 from tests.parallel.layout_cases import STEPS, Case
-from tests.parallel.layout_histories import History, check_equals_plain, histories_of, reference_of
+from tests.parallel.layout_histories import History, check_equals_plain, histories_of, near, reference_of, sensitivity
 
-# In float8 a tie may be decided by the order of a sum, which depends on the processor: on a Xeon, one in the first
-# backward. All layouts agree on it to 1e-7, plain torch differs by 1e-5; after the first update that is 8e-4 of a loss.
-TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 3e-2), "fp32 fp8": (1e-3, 1e-1), "bf16 fp8": (3e-3, 1e-1)}
+# In float8 a tie may be decided by the order of a sum, which depends on the processor: `sensitivity` has what that
+# changes, up to 4e-4 of the first loss and 1e-3 of the second. Norms of single weights depend on it by a tenth.
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 3e-2), "fp32 fp8": (1e-5, 1e-1), "bf16 fp8": (3e-3, 1e-1)}
 
 BASIC_LAYOUTS = [
     Case(1, 1, 1, zero=0),
@@ -214,7 +214,8 @@ def test_layout_equals_plain_torch(case: Case, history_of: Callable[[Case], Hist
     found = history_of(case)
     check_equals_plain(case, found, TOLERANCE[dtype + " fp8" * (case.fp8 != "off")])
     if case.fp8 != "off" and dtype == "fp32":  # before the first update
-        assert found[0][0] == pytest.approx(reference_of(case.reference)[0][:2], rel=1e-4)
+        norm, spread = reference_of(case.reference)[0][1], sensitivity(case.reference)[0][1]
+        assert found[0][0][1] == near(norm, 1e-5, spread)
 
 
 @pytest.mark.slow
