@@ -172,6 +172,8 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("kernel for RMSNorm; loss by operations", LLAMA, True),
         ("torch attention", without_flash(with_plain_norms(LLAMA), False), False),
         ("Megatron attention, RMS kernel", without_flash(LLAMA, True), False),
+        ("RMS kernel; attention kernel: torch", without_flash(LLAMA, False), False),
+        ("kernel=megatron; RMS kernel", without_flash(LLAMA, True), False),
     ],
 )
 def test_a_llama_program_is_that_of_the_note(note: str, program: Program, flash: bool) -> None:

@@ -46,7 +46,7 @@ from llama_ds.perf.plan.program_options import (
 
 _FLASH = re.compile(r"flash[-_ ]?(?:att(?:entio)?n)?[-_ ]?(?:v|version )?([12])\b", re.IGNORECASE)
 _PLAIN = re.compile(r"by torch|by operations|unfused|not fused|without|\bno\b")  # in what a note says of RMSNorm
-_SCORES = (("torch attention", False), ("megatron attention", True))  # words, and whether the softmax is one kernel
+_SCORES = re.compile(r"\b(?:torch|megatron)\b(?!-)")  # in what a note says of attention or a kernel
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
 _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lower case, for LLaMA-like programs
     "gradients in bf16": with_small_gradients,
@@ -88,7 +88,7 @@ def unstated(row: dict[str, str]) -> list[str]:
     if not _like_llama(row) or "nemo" in note:
         return []
     found, overlapping = [], _overlaps(note)
-    if not (_FLASH.search(note) or any(words in note for words, _ in _SCORES)):
+    if not (_FLASH.search(note) or _unfused_attention(note)):
         found.append("attention by FlashAttention-2")
     if "norm" not in note and "rms" not in note:
         found.append(f"norms {'in one kernel' if overlapping else 'by operations'}")
@@ -133,7 +133,14 @@ def _llama_program(note: str) -> Program:
         program = with_fused_loss(program)
     for words, changed in _STATED.items():
         program = changed(program) if words in note else program
-    for words, fused_softmax in _SCORES:
-        if words in note:
-            return without_flash(program, fused_softmax)
-    return program
+    kernel = _unfused_attention(note)
+    return without_flash(program, kernel == "megatron") if kernel else program
+
+
+def _unfused_attention(note: str) -> str:
+    """Return "torch" or "megatron", whose softmax is one kernel, if the attention is said to be theirs."""
+    for clause in re.split("[;,]", note):
+        named = _SCORES.search(clause)
+        if named and ("attention" in clause or "kernel" in clause) and not re.search("flash|norm|rms", clause):
+            return named[0]
+    return ""
