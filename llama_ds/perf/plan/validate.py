@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, product
 
 from llama_ds.config.context_parallel import NODE_RANKS
 from llama_ds.config.recompute import GIB
@@ -20,8 +22,7 @@ from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
 
 _INSIDE = 0.8  # share of the runs of an unseen source that an interval should hold
-# Shares of the measured runs left out at either end, the first that suffices.
-_LEFT_OUT = (0.1, 0.075, 0.05, 0.025, 0.01, 0.0)
+_LEFT_OUT = tuple(n / 80 for n in range(17))  # shares of the measured runs that may be left out at either end
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ def quantile(values: Sequence[float], share: float) -> float:
 def spans(checked: Iterable[Checked]) -> dict[tuple[bool, bool], Interval]:
     """Return the intervals of `likely.SPANS` from the A100 runs among these.
 
-    A source counts as much as another, however many runs it has. An interval leaves out as much at either end as it
-    may, so that on average over the sources four of five runs lie in the interval that the other sources give, and four
-    of five of all runs in their own.
+    A source counts as much as another, however many runs it has. An interval is the shortest, by the shares that it
+    leaves out at either end, for which on average over the sources four of five runs lie in the interval that the other
+    sources give, and four of five of all runs in their own.
     """
     found: dict[tuple[bool, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for key, source, faster in _speeds(checked):
@@ -188,32 +189,34 @@ def _speeds(checked: Iterable[Checked]) -> Iterator[tuple[tuple[bool, bool], str
             yield kind(job, item.row.node_ranks or NODE_RANKS), group_of(item.row.source), faster
 
 
-def _interval(by_source: Mapping[str, list[float]]) -> Interval:
-    for left_out in _LEFT_OUT:
-        inside = 0.0
-        for source, values in by_source.items():
-            others = {name: own for name, own in by_source.items() if name != source}
-            low, high = _ends(others, left_out) if others else (0.0, 0.0)
-            inside += sum(low <= value <= high for value in values) / len(values)
-        low, high = _ends(by_source, left_out)
-        runs = [low <= value <= high for values in by_source.values() for value in values]
-        if inside >= _INSIDE * len(by_source) and sum(runs) >= _INSIDE * len(runs):
-            break
-    return Interval(*_ends(by_source, left_out), sum(map(len, by_source.values())), inside / len(by_source))
+def _interval(by_source: Mapping[str, Sequence[float]]) -> Interval:
+    values = {name: sorted(own) for name, own in by_source.items()}
+    every = sorted(value for own in values.values() for value in own)
+    others = {name: _bounds({n: own for n, own in values.items() if n != name}) for name in values if len(values) > 1}
+    own, best = _bounds(values), Interval(every[0], every[-1], len(every), 0.0)
+    for below, above in product(range(len(_LEFT_OUT)), repeat=2):
+        bounds = {name: (lows[below], highs[above]) for name, (lows, highs) in others.items()}
+        covered = statistics.mean(_inside(values[name], *bounds.get(name, (0.0, 0.0))) for name in values)
+        found = Interval(own[0][below], own[1][above], len(every), covered)
+        enough = covered >= _INSIDE and _inside(every, found.low, found.high) >= _INSIDE
+        if enough and found.high / found.low < best.high / best.low:
+            best = found
+    return best
 
 
-def _ends(by_source: Mapping[str, list[float]], left_out: float) -> tuple[float, float]:
-    """Return the values that leave out this share of the sources' weight at either end."""
+def _inside(ordered: Sequence[float], low: float, high: float) -> float:
+    return max(0, bisect_right(ordered, high) - bisect_left(ordered, low)) / len(ordered)
+
+
+def _bounds(by_source: Mapping[str, Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Return the values that leave out each of `_LEFT_OUT` of the sources' weight, below and above them."""
     points = sorted((value, 1 / len(values)) for values in by_source.values() for value in values)
-    ends = []
+    found = []
     for ordered in (points, points[::-1]):
-        weight = 0.0
-        for value, share in ordered:
-            weight += share
-            if weight >= left_out * len(by_source):
-                ends.append(value)
-                break
-    return ends[0], ends[1]
+        weights = list(accumulate(weight for _, weight in ordered))
+        places = (bisect_left(weights, share * len(by_source)) for share in _LEFT_OUT)
+        found.append([ordered[place][0] for place in places])
+    return found[0], found[1]
 
 
 def summary(checked: Sequence[Checked]) -> dict[str, float]:
