@@ -305,7 +305,7 @@ def test_a_row_becomes_the_job_that_it_states(tmp_path: Path) -> None:
     stated, unstated = read_rows(path)
     assert stated.job is not None
     assert (stated.job.dp, stated.job.micro_batches, stated.job.stages) == (8, 2, ((("full", 32),),))
-    assert stated.links == (None, 50.0)
+    assert stated.links == (None, 50.0, None)
     assert unstated.job is None and unstated.skipped == "tp, pp, dp not stated"
     checked, skipped = check([stated, unstated], MACHINES)
     assert len(checked) == 1 and skipped == {"tp, pp, dp not stated": 1}
@@ -341,7 +341,7 @@ def test_machines_for_export_have_eight_links(tmp_path: Path) -> None:
     rows = read_rows(path)
     assert [row.gpu for row in rows] == ["a100-80gb", "a100-80gb", "h100-80gb-2023"]
     own = [MACHINES[row.gpu].links.nvlink_gb_s for row in rows]
-    assert rows[0].links == (None, None)
+    assert rows[0].links == (None, None, None)
     assert rows[1].links[0] == pytest.approx(own[1] * 8 / 12)
     assert rows[2].links[0] == pytest.approx(own[2] * 8 / 18)
 

@@ -43,8 +43,8 @@ def bus_bandwidth(gpu: Hardware, group: RankGroup) -> float:
     here = ranks_per_node(gpu, group)
     if here >= group.size:
         return within
-    share = here / gpu.links.gpus_per_node
-    return min(within, gpu.network * share)
+    share, ring = here / gpu.links.gpus_per_node, gpu.links.ring_gb_s
+    return min(within, gpu.network * share, ring * 1e9 if ring else within)
 
 
 def ring_latency(gpu: Hardware, group: RankGroup) -> float:

@@ -31,6 +31,7 @@ class Links:
     nvlink_hop_us: float  # additional latency per hop of its ring
     network_gb_s: float | None = None  # all network links of a node, one direction, GB/s; None: unknown
     network_latency_us: float = 10.0  # latency of a message or a ring hop between nodes
+    ring_gb_s: float | None = None  # the most that one ring reaches between nodes, GB/s; None: all of their links
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,21 @@ class Hardware:
         return self.links.network_gb_s * 1e9 * self.calibration.network
 
     def with_links(
-        self, nvlink_gb_s: float | None, network_gb_s: float | None, gpus_per_node: int | None = None
+        self,
+        nvlink_gb_s: float | None,
+        network_gb_s: float | None,
+        ring_gb_s: float | None = None,
+        gpus_per_node: int | None = None,
     ) -> Hardware:
         """Return the machine with the given link bandwidths and size of a node; None keeps its own."""
-        nvlink, network = nvlink_gb_s or self.links.nvlink_gb_s, network_gb_s or self.links.network_gb_s
-        node = gpus_per_node or self.links.gpus_per_node
-        return replace(self, links=replace(self.links, nvlink_gb_s=nvlink, network_gb_s=network, gpus_per_node=node))
+        links = replace(
+            self.links,
+            nvlink_gb_s=nvlink_gb_s or self.links.nvlink_gb_s,
+            network_gb_s=network_gb_s or self.links.network_gb_s,
+            ring_gb_s=ring_gb_s or self.links.ring_gb_s,
+            gpus_per_node=gpus_per_node or self.links.gpus_per_node,
+        )
+        return replace(self, links=links)
 
 
 def names() -> list[str]:

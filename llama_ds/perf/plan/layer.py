@@ -95,14 +95,16 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str, joint_share: float = 0.
     found = _layer(gpu, job.program, shape, *sizes, *rest, fp8, job.tp_chunks, (job.joint, joint_share))
     if gpu.host_computes:
         return found
-    if job.zero_stage == 3:
-        found = _gathered(gpu, job.program, policy, found)
+    if any(job.program.host_launches):
+        found = _with_launches(gpu, job.program.host_launches, policy, found)
+    if job.zero_stage == 3:  # to gather and release the layer's weights
+        found = _with_launches(gpu, job.program.zero3_launches, policy, found)
     return _launched_at_once(gpu, found) if job.cuda_graphs else found
 
 
-def _gathered(gpu: Hardware, program: Program, policy: str, time: LayerTime) -> LayerTime:
-    """Return the times of a layer with the host's work of gathering and releasing its weights by ZeRO-3."""
-    forward, backward = (gpu.calibration.launch_us * 1e-6 * launches for launches in program.zero3_launches)
+def _with_launches(gpu: Hardware, launches: tuple[int, int], policy: str, time: LayerTime) -> LayerTime:
+    """Return the times of a layer with more of the host's work, in launches of forward and backward."""
+    forward, backward = (gpu.calibration.launch_us * 1e-6 * count for count in launches)
     again = forward if policy == "full" else 0.0
     return replace(
         time,

@@ -49,6 +49,8 @@ class Program:
         False  # ZeRO-1 sums all gradients on all ranks; each rank broadcasts its tensors after the update
     )
     zero3_launches: tuple[int, int] = (0, 0)  # host's work for a layer's weights in forward, backward, in launches
+    host_launches: tuple[int, int] = (0, 0)  # host's work for a layer besides its kernels, forward and backward
+    mask_launches: float = 0  # host's work for each element of a T x T mask, on the first and last stage, in launches
     sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
     gradient_bytes: float = 4  # bytes kept per parameter until the step
     state_bytes: float = 12  # bytes kept per parameter by the optimizer: fp32 weights and two moments
@@ -133,8 +135,18 @@ MEGATRON = Program(
     buffers_gib=4,  # the remainder of 41 runs by DeepSpeed, at any size: its two buckets of 5e8 elements, and NCCL's
 )
 
-# The same in bf16: gradients accumulate in fp32, in addition to those in 16 bits.
-MEGATRON_BF16 = replace(MEGATRON, name="megatron_bf16", reduced_bytes=4, accumulation=14, gradient_bytes=6)
+# The same in bf16 by DeepSpeed's BF16_Optimizer: a gradient is cast to fp32 6 and added 12, and kept in both. At a
+# step's end, a rank's gradients are cast to bf16 6, summed (2 bytes twice, as 4 once), divided 4, cast back 6, copied
+# in place 8, their norm taken 4, clipped 8 and zeroed 4; its share of the states is updated 28 and cast 6.
+MEGATRON_BF16 = replace(
+    MEGATRON,
+    name="megatron_bf16",
+    reduced_bytes=4,
+    accumulation=18,
+    gradient_bytes=6,
+    optimizer_bytes=34,
+    end_passes=40,
+)
 
 # MosaicML llm-foundry on PyTorch FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients need one more read,
 # GELU, fused attention, multi-tensor AdamW. Its fused loss keeps the logits and their gradient in 16 bits.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from llama_ds.perf.plan.program import MEGATRON, OURS, MemoryTraffic, Program
+from llama_ds.perf.plan.program import MEGATRON, MEGATRON_BF16, OURS, MemoryTraffic, Program
 
 # RMSNorm as Meta published it, one kernel for each operation, in fp32: cast 6, square 8, mean 4, product 8, cast 6,
 # product with the weight 4. The backward: products with the weight 10, cast 6, product 20, square 12, sum 12, cast 6.
@@ -112,6 +112,45 @@ def with_deepspeed(program: Program) -> Program:
         optimizer_bytes=MEGATRON.optimizer_bytes,
         step_copies=8,
     )
+
+
+@cache
+def with_megatron_deepspeed(program: Program) -> Program:
+    """Return a LLaMA program with the host's work for a layer of Megatron-DeepSpeed, 79 and 60 launches.
+
+    Counted and timed in docs/measurements/2026-11-30-planner-deepspeed-pipeline.md, as are the next three.
+    """
+    more = max(0, 79 - program.kernels_forward), max(0, 60 - program.kernels_backward)
+    return replace(program, name=f"{program.name}_megatron_ds", host_launches=more)
+
+
+@cache
+def with_bf16_optimizer(program: Program) -> Program:
+    """Return a program whose gradients DeepSpeed's BF16_Optimizer accumulates, for 5 launches, sums and clips."""
+    forward, backward = program.host_launches
+    return replace(
+        program,
+        name=f"{program.name}_bf16_optimizer",
+        reduced_bytes=MEGATRON_BF16.reduced_bytes,
+        accumulation=MEGATRON_BF16.accumulation,
+        gradient_bytes=MEGATRON_BF16.gradient_bytes,
+        optimizer_bytes=MEGATRON_BF16.optimizer_bytes,
+        end_passes=MEGATRON_BF16.end_passes,
+        step_copies=0,
+        host_launches=(forward, backward + 5),
+    )
+
+
+@cache
+def with_zeroed_gradients(program: Program) -> Program:
+    """Return a program that zeroes 16-bit gradients before a backward 2, which adds to them 6 instead of replacing."""
+    return replace(program, name=f"{program.name}_zeroed", accumulation=program.accumulation + 8)
+
+
+@cache
+def with_host_mask(program: Program) -> Program:
+    """Return a program that builds a causal mask on one core of the host, while the GPU waits for the batch."""
+    return replace(program, name=f"{program.name}_mask", mask_launches=8e-5)
 
 
 @cache

@@ -20,6 +20,7 @@ from llama_ds.perf.plan.program import (
 )
 from llama_ds.perf.plan.program_options import (
     with_attention,
+    with_bf16_optimizer,
     with_bf16_reduction,
     with_bf16_states,
     with_biases,
@@ -29,6 +30,8 @@ from llama_ds.perf.plan.program_options import (
     with_deepspeed,
     with_fused_loss,
     with_fused_swiglu,
+    with_host_mask,
+    with_megatron_deepspeed,
     with_megatron_vocabulary,
     with_own_sums,
     with_plain_norms,
@@ -41,6 +44,7 @@ from llama_ds.perf.plan.program_options import (
     with_sums_beside_weights,
     with_transformers,
     with_waiting_reduction,
+    with_zeroed_gradients,
     without_flash,
 )
 
@@ -59,6 +63,10 @@ _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lo
     "transformer engine": with_fused_swiglu,
     "megatron-": with_megatron_vocabulary,
     "deepspeed": with_deepspeed,
+    "megatron-deepspeed": with_megatron_deepspeed,
+    "bf16_optimizer": with_bf16_optimizer,
+    "gradients zeroed before each backward": with_zeroed_gradients,
+    "causal mask built by the host": with_host_mask,
     "gate and up in separate products": with_separate_gate,
     "q, k, v, gate and up in separate products": with_separate_products,
     "transformers'": with_transformers,

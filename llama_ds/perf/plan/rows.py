@@ -46,6 +46,7 @@ _MACHINES: dict[str, tuple[str, float | None]] = {
     "H800-80GB": ("h100-80gb-2023", 360 * 8 / 18),
 }
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
+_RING = re.compile(r"rings of ([0-9.]+) GB/s")
 _NODE = re.compile(r"\bnodes of ([0-9]+) GPUs")
 _CP = re.compile(r"\bcp ([0-9]+)( by all-to-all)?")
 _FLAGS = {
@@ -73,7 +74,7 @@ class Row:
     gpu: str  # a machine in data/, or the row's own name if it is not described
     kind: str
     value: float  # infinite: the run was out of memory
-    links: tuple[float | None, float | None]  # NVLink and network, GB/s; None: as in the machine's description
+    links: tuple[float | None, float | None, float | None]  # NVLink, network, ring, GB/s; None: as in the description
     job: StepJob | None
     reserved: bool  # memory as shown by nvidia-smi, not allocated by tensors
     skipped: str = ""
@@ -236,16 +237,21 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         stages=stages_of(n["layers"], stages, row["recompute"] or "none"),
         whole_model=not bare,
         cp_sizes=_cp(row),
-        launch_blocking="CUDA_LAUNCH_BLOCKING=1" in row["note"] and n["n_gpus"] >= 320,
+        launch_blocking=_launch_blocking(row, n["n_gpus"]),
     )
 
 
-def links_of(row: dict[str, str]) -> tuple[float | None, float | None]:
-    """Return (NVLink, network) in GB/s as stated by the row or its source, None if not stated."""
+def _launch_blocking(row: dict[str, str], gpus: int) -> bool:
+    """Whether the host waits for every kernel; BigScience says so of its runs on 40 nodes and more only."""
+    return "CUDA_LAUNCH_BLOCKING=1" in row["note"] and (gpus >= 320 or ">=320 GPUs" not in row["note"])
+
+
+def links_of(row: dict[str, str]) -> tuple[float | None, float | None, float | None]:
+    """Return (NVLink, network, ring) in GB/s as stated by the row or its source, None if not stated."""
     nvlink, network = next(((a, b) for name, a, b in _LINKS if name in row["source"]), (None, None))
     nvlink = nvlink or _MACHINES.get(row["gpu_type"], ("", None))[1]
-    stated = _GBPS.search(row["note"])
-    return nvlink, float(stated[1]) / 8 if stated else network
+    stated, ring = _GBPS.search(row["note"]), _RING.search(row["note"])
+    return nvlink, float(stated[1]) / 8 if stated else network, float(ring[1]) if ring else None
 
 
 def schedule_named(note: str, pp: int, virtual: int) -> tuple[str, int, int]:

@@ -134,7 +134,7 @@ def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
         # Beside the gather of the gradient that a stage receives, nothing is computed.
         received = max((piece.ahead for piece, n in pieces if n), default=0.0)
         outside = [_host(gpu, job, stage) + copies for copies in _graph_copies(gpu, job)]
-        totals = [outside[0], Parts(), outside[1] + Parts(tensor=received), Parts()]
+        totals = [outside[0] + _mask(gpu, job, stage), Parts(), outside[1] + Parts(tensor=received), Parts()]
         for piece, n in pieces:
             parts = (piece.forward, piece.recompute, piece.input_backward, piece.weight_backward)
             totals = [total + part * n for total, part in zip(totals, parts, strict=True)]
@@ -159,6 +159,13 @@ def _host(gpu: Hardware, job: StepJob, stage: int) -> Parts:
     kernels = job.program.kernels_message if job.pp > 1 else 0
     kernels += job.program.kernels_ends * ((stage == 0) + (stage == len(job.stages) - 1)) if job.whole_model else 0
     return Parts(host=kernels * gpu.calibration.launch_us * 1e-6)
+
+
+def _mask(gpu: Hardware, job: StepJob, stage: int) -> Parts:
+    """Return the time in which the host builds a mask, for which a GPU waits at the ends of a pipeline."""
+    ends = stage in (0, len(job.stages) - 1)
+    launches = job.program.mask_launches * job.seq_len**2 if job.whole_model and ends else 0.0
+    return Parts(pointwise=launches * gpu.calibration.launch_us * 1e-6)
 
 
 def stage_costs(gpu: Hardware, job: StepJob, stages: tuple[StageTime, ...] | None = None) -> list[StageCost]:
