@@ -126,7 +126,7 @@ def with_megatron_deepspeed(program: Program) -> Program:
 
 @cache
 def with_bf16_optimizer(program: Program) -> Program:
-    """Return a program whose gradients DeepSpeed's BF16_Optimizer accumulates, for 5 launches, sums and clips."""
+    """Return a program whose gradients DeepSpeed's BF16_Optimizer accumulates, for 7 launches, sums and clips."""
     forward, backward = program.host_launches
     return replace(
         program,
@@ -137,7 +137,7 @@ def with_bf16_optimizer(program: Program) -> Program:
         optimizer_bytes=MEGATRON_BF16.optimizer_bytes,
         end_passes=MEGATRON_BF16.end_passes,
         step_copies=0,
-        host_launches=(forward, backward + 5),
+        host_launches=(forward, backward + 7),
     )
 
 
@@ -150,7 +150,7 @@ def with_zeroed_gradients(program: Program) -> Program:
 @cache
 def with_host_mask(program: Program) -> Program:
     """Return a program that builds a causal mask on one core of the host, while the GPU waits for the batch."""
-    return replace(program, name=f"{program.name}_mask", mask_launches=8e-5)
+    return replace(program, name=f"{program.name}_mask", mask_launches=8.6e-5)
 
 
 @cache
