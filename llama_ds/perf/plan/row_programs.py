@@ -124,7 +124,7 @@ def _program_of(row: dict[str, str]) -> Program:
     if "zero-3 of 2021" in note:
         return ZERO3_2021
     if "fsdp" in note or "flash" in note:
-        return with_bf16_reduction(FSDP) if "gradients in bf16" in note else FSDP
+        return with_bf16_reduction(FSDP) if "gradients in bf16" in note or "bf16 pure" in note else FSDP
     return MEGATRON_BF16 if "bf16" in note else MEGATRON
 
 
