@@ -14,7 +14,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
 from llama_ds.perf.plan.kernel_speeds import FLASH_1, FLASH_2, relative_speed
 from llama_ds.perf.plan.likely import SPANS
-from llama_ds.perf.plan.memory import layer_activations, needed_memory, published_memory
+from llama_ds.perf.plan.memory import VISIBLE, layer_activations, needed_memory, published_memory
 from llama_ds.perf.plan.program import AUTOGRAD, LLAMA, MEGATRON, NEMO, NEMO_GPT, NEOX, ZERO3_2021, Program
 from llama_ds.perf.plan.program_options import (
     with_attention,
@@ -25,7 +25,7 @@ from llama_ds.perf.plan.program_options import (
     with_deepspeed,
     with_fused_loss,
     with_fused_swiglu,
-    with_megatron_vocabulary,
+    with_megatron,
     with_own_sums,
     with_plain_norms,
     with_plain_optimizer,
@@ -147,7 +147,7 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("Transformer Engine, kernel for RMSNorm", with_fused_swiglu(LLAMA), True),
         ("kernel for RMSNorm; rotary embedding by operations", with_plain_rotation(LLAMA), True),
         ("DeepSpeed; kernel for RMSNorm", with_deepspeed(LLAMA), True),
-        ("Megatron-LM; kernel for RMSNorm", with_megatron_vocabulary(LLAMA), True),
+        ("Megatron-LM; kernel for RMSNorm", with_megatron(LLAMA), True),
         ("kernels for RMSNorm, of fp32 copies", with_cast_norms(LLAMA), True),
         ("HSDP, by broadcasts of whole tensors", with_broadcasts(AUTOGRAD), True),
         ("RMS kernel; gate and up in separate products", with_separate_gate(LLAMA), True),
@@ -243,7 +243,8 @@ def test_steps_of_zero_3_in_2021_are_bound_by_one_link_of_a_node(published: list
 def test_what_the_allocator_keeps_is_more_than_a_run_needs(published: list[Checked]) -> None:
     """fp32 copies of 16-bit gradients exist when the activations have gone, but in blocks of their own."""
     for job in (c.row.job for c in published if c.row.job and c.row.job.whole_model):
-        assert published_memory(job, reserved=False) < needed_memory(job) < published_memory(job, reserved=True)
+        used = needed_memory(job) * VISIBLE  # the rest of a device is the driver's
+        assert published_memory(job, reserved=False) < used <= published_memory(job, reserved=True)
 
 
 def test_the_spread_of_ranks_is_that_of_runs_repeated_on_more_gpus() -> None:

@@ -3,6 +3,7 @@
 A published program with P parameters on a rank holds 2 P bytes of weights, 2 P or 4 P of gradients and 12 P of
 optimizer states (fp32 weights and two moments); ZeRO shards them over dp (Rajbhandari et al., arXiv 1910.02054,
 section 5). Activations follow Korthikanti et al. (arXiv 2205.05198, equations 1 to 6), for all micro-batches in flight.
+Those of LLaMA-like programs are counted (`tests/perf/test_plan_counted_memory.py`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.job import OP, StepJob
 from llama_ds.perf.plan.step import rank_roles
 
-# Driver, workspaces and buffers of NCCL, without those that a program allocates itself (`Program.buffers_gib`):
-# nvidia-smi counts them, torch does not.
-CONTEXT_BYTES = 2.0 * GIB
+# What torch does not count: the driver's context, by messages of single GPUs that ran out of memory ("79.15 GiB of
+# which 228.38 MiB is free", 78.93 in use, 76.28 and 2.14 of them by torch), and NCCL's buffers, 544 MiB for a
+# communicator of two A100s and 688 MiB for one of more (NVIDIA/nccl issue 964). A program's own: `Program.buffers_gib`.
+CONTEXT_BYTES = 0.5 * GIB
+COMMUNICATOR_BYTES = 688 * 2**20
+VISIBLE = 79.15 / 80  # share of a device's memory that programs can use, by the same messages
 FRAGMENTATION = 1.08  # memory of the caching allocator over the memory of tensors, while there is enough
-TIGHT_FRAGMENTATION = 1.03  # when memory runs out, after the allocator has released the blocks that it only keeps
+# When memory runs out, the allocator cannot use gaps: shares of the activations kept and of temporaries, whose sizes
+# differ, by its rules for counted programs (docs/measurements/2026-11-30-planner-counted-memory.md).
+KEPT_GAPS, WORKING_GAPS = 0.03, 0.47
 
 
 @dataclass(frozen=True)
@@ -95,34 +101,44 @@ def published_memory(job: StepJob, reserved: bool) -> float:
     ranks = _published(job)
     if not reserved:
         return max(rank.tensors for rank in ranks)
-    return max(rank.kept for rank in ranks) * FRAGMENTATION + _outside(job)
+    return max(max(rank.cached * FRAGMENTATION, rank.least) for rank in ranks) + _outside(job)
 
 
 def needed_memory(job: StepJob) -> float:
     """Return the bytes of a device with which a published run is not out of memory."""
-    return max(rank.tensors for rank in _published(job)) * TIGHT_FRAGMENTATION + _outside(job)
+    return (max(rank.least for rank in _published(job)) + _outside(job)) / VISIBLE
 
 
 def _outside(job: StepJob) -> float:
-    return CONTEXT_BYTES + job.program.buffers_gib * GIB
+    """Return the bytes that torch does not count: communicators of each kind of group, and of all ranks."""
+    groups = sum(size > 1 for size in (job.tp, job.pp, job.axes.data_axis))
+    communicators = groups + 1 if groups else 0
+    return CONTEXT_BYTES + COMMUNICATOR_BYTES * communicators + job.program.buffers_gib * GIB
 
 
 class _Held(NamedTuple):
-    """Bytes of a rank: states, activations with temporaries, and what only the optimizer's step holds."""
+    """Bytes of a rank: states, activations, temporaries of a pass, and what only the optimizer's step holds."""
 
     states: float
-    activations: float
+    kept: float
+    working: float
+    gaps: float  # what the allocator cannot use when memory runs out
     step: float
 
     @property
     def tensors(self) -> float:
         """The largest sum at one time: the activations have gone when the step begins."""
-        return self.states + max(self.activations, self.step)
+        return self.states + max(self.kept + self.working, self.step)
 
     @property
-    def kept(self) -> float:
+    def least(self) -> float:
+        """What the allocator needs."""
+        return self.tensors + self.gaps
+
+    @property
+    def cached(self) -> float:
         """What the allocator keeps: the step's long buffers do not fit into the activations' freed blocks."""
-        return self.states + self.activations + self.step
+        return self.states + self.kept + self.working + self.step
 
 
 def _published(job: StepJob) -> list[_Held]:
@@ -138,15 +154,47 @@ def _published(job: StepJob) -> list[_Held]:
             kept += held * sum(n * layer_activations(job, policy) for policy, n in job.stages[stage])
             kept += held * boundary * job.program.keeps_outputs * (job.pp > 1)
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
-        working = layer_activations(job, "none") if again else 0.0
-        working += _layer_gradients(job)
+        working = _layer_working(job, again)
+        kept += held * _kept_input(job, first=0 in own)
+        gaps = KEPT_GAPS * kept + WORKING_GAPS * working
         if len(job.stages) - 1 in own:
-            working = max(working, job.program.kept_logits * job.tokens * job.vocab)
+            working = max(working, _head_working(job))
         # An optimizer of fp32 weights casts 16-bit gradients to fp32.
         casts = job.program.gradient_bytes == 2 and job.program.state_bytes > 4
         copies = 4.0 * by_role.total() / (job.state_group.size if job.zero_stage else 1)
-        found.append(_Held(_states(job, by_role), kept + working, copies if casts else 0.0))
+        states = _states(job, by_role) + _shared_buffer(job)
+        found.append(_Held(states, kept, working, gaps, copies if casts else 0.0))
     return found
+
+
+def _own_numbers(job: StepJob) -> float:
+    """Return the elements of activations between layers that a rank has of a micro-batch."""
+    return float(job.tokens) * job.model.hidden_size / (job.tp if job.sequence_parallel else 1)
+
+
+def _all_scores(job: StepJob) -> float:
+    """Return the elements of a rank's attention scores of a micro-batch, none with fused attention."""
+    return 0.0 if job.program.flash else float(job.tokens) * job.seq_len * job.model.num_attention_heads / job.tp
+
+
+def _kept_input(job: StepJob, first: bool) -> float:
+    """Return the bytes of a stage's input for a micro-batch that are kept besides what its layers keep."""
+    if not job.program.gated:
+        return 0.0
+    layer_keeps_it = job.program.kept_norm <= 4 or any(policy == "full" for policy, _ in job.stages[0])
+    if not first:
+        return 0.0 if layer_keeps_it else 2 * _own_numbers(job)
+    # A rank's part of the embedding's output is a view of the whole (Megatron-LM until December 2023).
+    viewed = job.program.sequence_first and layer_keeps_it
+    return 2 * (float(job.tokens) * job.model.hidden_size - _own_numbers(job)) if viewed else 0.0
+
+
+def _shared_buffer(job: StepJob) -> float:
+    """Return the bytes of the buffer into which Megatron-LM gathers inputs of products, and computes scores."""
+    if not (job.program.gated and job.program.sequence_first):
+        return 0.0
+    gathered = float(job.tokens) * job.model.hidden_size if job.sequence_parallel else 0.0
+    return 2 * max(gathered, _all_scores(job))
 
 
 def _states(job: StepJob, by_role: Counter[Role]) -> float:
@@ -160,12 +208,44 @@ def _states(job: StepJob, by_role: Counter[Role]) -> float:
     return weights + gradients + optimizer
 
 
-def _layer_gradients(job: StepJob) -> float:
-    """Return the bytes of a layer's gradients that exist at one time: of two sets of scores, or of inner values."""
-    model = job.model
-    inner = (6.0 if job.program.gated else 4.0) * job.tokens * model.intermediate_size / job.tp
-    scores = 0.0 if job.program.flash else 4.0 * job.tokens * job.seq_len * model.num_attention_heads / job.tp
-    return 2.0 * job.tokens * model.hidden_size + max(inner, scores)
+def _head_working(job: StepJob) -> float:
+    """Return the most bytes that the last norm, the head and the loss need."""
+    logits = job.program.kept_logits * job.tokens * job.vocab
+    if not job.program.gated:
+        return logits
+    own = _own_numbers(job)
+    return job.program.kept_norm * own + max(logits, job.program.norm_working * own)
+
+
+def _layer_working(job: StepJob, again: bool) -> float:
+    """Return the most bytes that passes of one layer need besides what layers keep between forward and backward.
+
+    A layer's backward frees what the layer kept, from its end to its beginning: the MLP, then its norm, then attention.
+
+    Args:
+        again: whether a backward begins with the forward again; the layer's output then stays until it has ended.
+    """
+    program, own = job.program, _own_numbers(job)
+    whole = float(job.tokens) * job.model.hidden_size
+    inner = float(job.tokens) * job.model.intermediate_size / job.tp
+    computed = layer_activations(job, "none") if again else 0.0
+    if not program.gated:
+        return computed + 2 * whole + 4 * max(inner, _all_scores(job))
+    if again and program.kept_norm <= 4:
+        computed -= 2 * own  # the layer's input, which is kept already
+    weight = 2.0 * job.model.hidden_size * job.model.intermediate_size / job.tp  # its gradient in 16 bits
+    if job.zero_stage == 3:
+        weight = 0.0  # those of two layers are among the states
+    freed = program.kept_inner * inner
+    passed = 2 * own * (1 + again)  # gradient of the layer's output, and the output
+    gathered = 2 * whole if job.sequence_parallel else 0.0
+    return computed + max(
+        passed + gathered + 2 * inner + weight,  # gradients of the last product's input and weight
+        passed + 4 * inner,  # of gate and up, while the product gives way to one of them
+        passed + 2 * own + 4 * inner + gathered + 2 * weight - freed,  # and of their input and weights
+        passed + program.norm_working * own - freed,
+        program.scores_working * _all_scores(job) - 2 * own * (not again) - freed,  # in the forward
+    )
 
 
 def layer_activations(job: StepJob, policy: str) -> float:
@@ -179,10 +259,8 @@ def layer_activations(job: StepJob, policy: str) -> float:
     if job.program.gated and policy != "full":
         # Two norms; rotated q and k, v and the attention's output; gate, up, SiLU, product.
         inner = job.program.kept_inner * job.tokens * job.model.intermediate_size / job.tp
-        scores = float(job.tokens) * job.seq_len * job.model.num_attention_heads / job.tp
-        scores *= job.program.kept_scores if policy == "none" else 0
-        heads = 4 + 4 * job.model.num_key_value_heads / job.model.num_attention_heads
-        return 2 * job.program.kept_norm * own + heads * numbers / job.tp + inner + scores
+        scores = job.program.kept_scores * _all_scores(job) if policy == "none" else 0.0
+        return 2 * job.program.kept_norm * own + _kept_heads(job) + inner + scores
     if policy == "full":
         return 2 * numbers / (job.tp if job.program.gated and job.sequence_parallel else 1)
     masks = 0.0 if job.program.flash else 2.0  # two dropouts a layer
@@ -190,3 +268,21 @@ def layer_activations(job: StepJob, policy: str) -> float:
     if not job.program.flash and policy != "selective":
         sharded += 5.0 * job.model.num_attention_heads * job.seq_len / job.model.hidden_size
     return numbers * (replicated + sharded / job.tp)
+
+
+def _kept_heads(job: StepJob) -> float:
+    """Return the bytes of queries, keys, values and attention's output that a gated layer keeps.
+
+    Fused attention keeps the logarithm of each row's sum in fp32. In Megatron-LM's order it copies its output into that
+    of the next product, unless there is one row; with one row and without fused attention, values are a view of the
+    product of all three, so that queries and keys stay in it besides the rotated ones.
+    """
+    heads = job.model.num_attention_heads
+    values = job.model.num_key_value_heads / heads
+    kept = 4 + 4 * values
+    if job.program.sequence_first and job.program.flash and job.micro_batch > 1:
+        kept += 2
+    if job.program.sequence_first and not job.program.flash and job.micro_batch == 1:
+        kept += 2 + 2 * values
+    sums = 4 * heads if job.program.flash else 0
+    return job.tokens * (kept * job.model.hidden_size + sums) / job.tp

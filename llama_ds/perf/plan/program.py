@@ -69,8 +69,11 @@ class Program:
     shared_links: int = 1  # collectives over all ranks of a node use one of so many shares of its network links
     buffers_gib: float = 0  # buckets for reduction and gather, outside of what memory.py counts
     kept_norm: float = 4  # bytes of a norm kept for its backward, per element of N x D
+    norm_working: float = 0  # bytes of a norm's backward, less what it frees, besides the gradient passed on; likewise
     kept_inner: float = 8  # bytes of the activation function's inputs and results kept, per element of N x F
     kept_scores: float = 0  # bytes of attention scores kept, per element of H x T x T, with recompute none
+    scores_working: float = 0  # bytes of scores besides these while they are computed; likewise
+    sequence_first: bool = False  # activations are [sequence, batch, hidden]: what attention copies and keeps
     kept_logits: float = 10  # bytes of logits and their gradient at the loss, per element of N x V
 
 
@@ -132,7 +135,8 @@ MEGATRON = Program(
     gradient_bytes=2,
     keeps_outputs=1,
     padded_vocab=128,
-    buffers_gib=4,  # the remainder of 41 runs by DeepSpeed, at any size: its two buckets of 5e8 elements, and NCCL's
+    # DeepSpeed's buckets of 5e8 elements in 16 bits, two for reductions and one for gathers.
+    buffers_gib=3 * 5e8 * 2 / 2**30,
 )
 
 # The same in bf16 by DeepSpeed's BF16_Optimizer: a gradient is cast to fp32 6 and added 12, and kept in both. At a

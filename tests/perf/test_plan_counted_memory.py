@@ -1,0 +1,126 @@
+"""The memory model of published LLaMA-like programs against layers whose tensors are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from counted_layers import Counter, Layer, Loss, Product, empty
+from torch import Tensor
+
+from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.axes import Axes
+from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.memory import _published, layer_activations
+from llama_ds.perf.plan.program import LLAMA, Program
+from llama_ds.perf.plan.program_options import with_fused_swiglu, with_megatron, with_plain_norms, without_flash
+from llama_ds.perf.plan.rows import stages_of
+
+Case = tuple[int, bool, int, bool, str, bool]
+CASES: list[
+    Case
+] = [  # tp, sequence parallelism, rows of a micro-batch, norms by operations, attention, kernel for SwiGLU
+    (1, False, 1, True, "fused", False),
+    (1, False, 2, False, "torch", False),
+    (2, False, 2, True, "megatron", True),
+    (2, True, 1, False, "megatron", False),
+    (8, False, 4, True, "fused", True),
+    (8, False, 1, True, "torch", False),
+    (8, True, 4, True, "fused", False),
+    (8, True, 1, False, "fused", True),
+    (8, True, 2, False, "torch", False),
+]
+
+
+def program_of(plain_norms: bool, attention: str, swiglu_kernel: bool) -> Program:
+    program = with_megatron(with_plain_norms(LLAMA) if plain_norms else LLAMA)
+    program = with_fused_swiglu(program) if swiglu_kernel else program
+    return program if attention == "fused" else without_flash(program, fused_softmax=attention == "megatron")
+
+
+def job_of(tp: int, sharded: bool, rows: int, program: Program, pp: int, recompute: str) -> StepJob:
+    """LLaMA 13B's layers, two on each of `pp` stages."""
+    model = ModelConfig(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=2 * pp,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+    return StepJob(
+        model=model,
+        program=program,
+        seq_len=2048,
+        micro_batch=rows,
+        micro_batches=4 * pp,
+        axes=Axes(pp=pp, dp=1, cp=1, tp=tp),
+        sequence_parallel=sharded,
+        zero_stage=1,
+        schedule="1f1b",
+        chunks=1,
+        extra_warmup=0,
+        stages=stages_of(2 * pp, pp, recompute),
+    )
+
+
+def boundary(job: StepJob) -> Tensor:
+    sequence = job.seq_len // (job.tp if job.sequence_parallel else 1)
+    return empty(sequence, job.micro_batch, job.model.hidden_size)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_keeps_what_its_operations_keep(case: Case) -> None:
+    """All but the few bytes that a norm keeps for each token."""
+    tp, sharded, rows, *kernels = case
+    job = job_of(tp, sharded, rows, program_of(*kernels), pp=1, recompute="none")
+    layer = Layer(job, *kernels, full=False)
+    with Counter(layer.known) as counter:
+        leaf = boundary(job).requires_grad_()
+        before = counter.now
+        x = leaf * 1  # as another layer's output, which is freed unless this one keeps it
+        out = layer(x)
+        del x
+        kept = counter.now - before - out.nbytes
+    assert kept == pytest.approx(layer_activations(job, "none"), rel=2e-4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_stage_holds_what_its_passes_hold(case: Case, recompute: str) -> None:
+    """The second of three stages, which holds two micro-batches when a backward begins."""
+    tp, sharded, rows, *kernels = case
+    job = job_of(tp, sharded, rows, program_of(*kernels), pp=3, recompute=recompute)
+    layers = [Layer(job, *kernels, full=recompute == "full") for _ in range(2)]
+    with Counter(tensor for layer in layers for tensor in layer.known) as counter:
+        inputs = [boundary(job).requires_grad_() for _ in range(2)]
+        outputs = []
+        for x in inputs:
+            outputs.append(layers[1](layers[0](x)))
+            outputs[-1].data = empty(1)  # it has been sent: only its graph is needed
+        backward(outputs[0], boundary(job))
+    held = _published(job)[1]
+    assert counter.most == pytest.approx(held.kept + held.working, rel=5e-4)
+
+
+def backward(out: Tensor, grad: Tensor) -> None:
+    """Run the backward without comparing the shape of the output, which is gone, with its gradient's."""
+    run: Callable[..., None] = torch.autograd.Variable._execution_engine.run_backward
+    run((out,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_the_loss_holds_its_logits_four_times(tp: int) -> None:
+    """In 16 bits, in fp32, and their shares or differences from the maximum in fp32."""
+    job = job_of(tp, False, 1, program_of(False, "fused", False), pp=1, recompute="none")
+    head, x = empty(job.vocab, job.model.hidden_size).requires_grad_(), boundary(job).requires_grad_()
+    targets = torch.empty(x.shape[:2], dtype=torch.int64, device="meta")
+    with Counter([head, x, targets]) as counter:
+        logits = Product.apply(x, head, None)
+        loss = Loss.apply(logits.float(), targets).mean()
+        del logits
+        loss.backward()
+    assert counter.most == pytest.approx(job.program.kept_logits * job.tokens * job.vocab, rel=0.01)
