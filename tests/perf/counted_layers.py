@@ -20,13 +20,17 @@ from llama_ds.perf.plan.job import StepJob
 
 
 class Counter(TorchDispatchMode):
-    """Counts the bytes of tensors that were allocated in it and still exist, and the most at one time."""
+    """Counts the bytes of tensors that were allocated in it and still exist, and the most at one time.
+
+    `events` are (number of the tensor, size), and (number, 0) when it is freed.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = self.most = 0
+        self.events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -40,13 +44,17 @@ class Counter(TorchDispatchMode):
         if key in self.live or key in self.known:
             return
 
+        number = len(self.events)
+
         def freed(_: object) -> None:
             del self.live[key]
             self.now -= size
+            self.events.append((number, 0))
 
         self.live[key] = weakref.ref(storage, freed)
         self.now += size
         self.most = max(self.most, self.now)
+        self.events.append((number, size))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
