@@ -74,7 +74,7 @@ def test_held_out_runs_that_were_out_of_memory_are_recognised() -> None:
     found = fits(read_rows(DATA / "held_out_runs.csv"), MACHINES)
     assert found and (found.ran, found.failed) == (380, 13)
     assert found.said_to_fail >= 11, "gdGPT's ZeRO-3 with 1,024 and 1,280 tokens a row is said to fit"
-    assert found.agreement >= 0.96
+    assert found.agreement >= 0.97
 
 
 def test_programs_differ_in_what_their_kernels_move_and_keep() -> None:

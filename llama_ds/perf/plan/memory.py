@@ -152,10 +152,9 @@ def _published(job: StepJob) -> list[_Held]:
         for chunk, stage in enumerate(own):
             held = max(sum(at) for at in schedule.held[rank][chunk])
             kept += held * sum(n * layer_activations(job, policy) for policy, n in job.stages[stage])
-            kept += held * boundary * job.program.keeps_outputs * (job.pp > 1)
+            kept += held * (boundary * job.program.keeps_outputs * (job.pp > 1) + _kept_input(job, first=stage == 0))
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
         working = _layer_working(job, again)
-        kept += held * _kept_input(job, first=0 in own)
         gaps = KEPT_GAPS * kept + WORKING_GAPS * working
         if len(job.stages) - 1 in own:
             working = max(working, _head_working(job))
@@ -240,11 +239,11 @@ def _layer_working(job: StepJob, again: bool) -> float:
     passed = 2 * own * (1 + again)  # gradient of the layer's output, and the output
     gathered = 2 * whole if job.sequence_parallel else 0.0
     return computed + max(
-        passed + gathered + 2 * inner + weight,  # gradients of the last product's input and weight
-        passed + 4 * inner,  # of gate and up, while the product gives way to one of them
-        passed + 2 * own + 4 * inner + gathered + 2 * weight - freed,  # and of their input and weights
+        passed + gathered + 2 * inner + weight,  # gradients: those of the last product's input and weight
+        passed + 4 * inner,  # those of gate and up, while the product gives way to one of them
+        passed + 2 * own + 4 * inner + gathered + 2 * weight - freed,  # also those of their input and weights
         passed + program.norm_working * own - freed,
-        program.scores_working * _all_scores(job) - 2 * own * (not again) - freed,  # in the forward
+        program.scores_working * _all_scores(job) - 2 * own * (not again) - freed,  # attention's forward
     )
 
 
