@@ -8,7 +8,7 @@ A collective allocates its output; all-reduces are in place.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -142,22 +142,22 @@ class SwigluKernel(Function):
 
 
 class Recomputed(Function):
-    """A layer of which only the input is kept, by reentrant checkpointing."""
+    """A part of which only the inputs are kept, by reentrant checkpointing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
         with torch.no_grad():
-            return layer.forward(x)
+            return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x = ctx.saved_tensors[0].detach().requires_grad_()
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():
-            out = ctx.layer.forward(x)
+            out = ctx.run(*inputs)
         torch.autograd.backward((out,), (grad,))
-        return x.grad, None
+        return None, *(tensor.grad for tensor in inputs)
 
 
 class Loss(Function):
@@ -181,10 +181,10 @@ class Loss(Function):
 class Layer:
     """One layer on one rank of a job: `norms` and `swiglu` by operations or a kernel, `attention` fused or not."""
 
-    def __init__(self, job: StepJob, plain_norms: bool, attention: str, swiglu_kernel: bool, full: bool) -> None:
+    def __init__(self, job: StepJob, plain_norms: bool, attention: str, swiglu_kernel: bool, policy: str) -> None:
         model, tp = job.model, job.tp
         self.job, self.plain_norms, self.attention, self.swiglu_kernel = job, plain_norms, attention, swiglu_kernel
-        self.full = full
+        self.policy = policy
         hidden, inner = model.hidden_size, model.intermediate_size // tp
         attention = (hidden,), (3 * hidden // tp, hidden), (hidden, hidden // tp)
         mlp = (hidden,), (2 * inner, hidden), (hidden, inner)
@@ -203,7 +203,7 @@ class Layer:
         return [*self.weights, *buffers, self.scores, self.cos, self.mask]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return Recomputed.apply(x, self) if self.full else self.forward(x)
+        return Recomputed.apply(self.forward, x) if self.policy == "full" else self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
         norm, qkv, out, mlp_norm, up, down = self.weights
@@ -232,6 +232,10 @@ class Layer:
         if self.attention == "fused":
             q, k, v = (part.transpose(0, 1).contiguous() for part in (q, k, v))
             return FusedAttention.apply(q, k, v).transpose(0, 1).reshape(sequence, rows, -1).contiguous()
+        return Recomputed.apply(self._core, q, k, v) if self.policy == "selective" else self._core(q, k, v)
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequence, rows = q.shape[:2]
         q, k, v = (part.reshape(sequence, -1, self.job.model.head_dim).transpose(0, 1) for part in (q, k, v))
         scores = torch.baddbmm(self.scores, q, k.transpose(1, 2), beta=0.0)
         if self.attention == "megatron":

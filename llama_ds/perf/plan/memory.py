@@ -235,6 +235,8 @@ def _layer_working(job: StepJob, again: bool) -> float:
     weight = 2.0 * job.model.hidden_size * job.model.intermediate_size / job.tp  # its gradient in 16 bits
     if job.zero_stage == 3:
         weight = 0.0  # those of two layers are among the states
+    repeated = any(policy == "selective" for stage in job.stages for policy, _ in stage)
+    scores = program.scores_working + (program.kept_scores if repeated else 0)
     freed = program.kept_inner * inner
     passed = 2 * own * (1 + again)  # gradient of the layer's output, and the output
     gathered = 2 * whole if job.sequence_parallel else 0.0
@@ -243,7 +245,7 @@ def _layer_working(job: StepJob, again: bool) -> float:
         passed + 4 * inner,  # those of gate and up, while the product gives way to one of them
         passed + 2 * own + 4 * inner + gathered + 2 * weight - freed,  # also those of their input and weights
         passed + program.norm_working * own - freed,
-        program.scores_working * _all_scores(job) - 2 * own * (not again) - freed,  # attention's forward
+        scores * _all_scores(job) - 2 * own * (not again) - freed,  # attention's forward
     )
 
 
@@ -259,7 +261,7 @@ def layer_activations(job: StepJob, policy: str) -> float:
         # Two norms; rotated q and k, v and the attention's output; gate, up, SiLU, product.
         inner = job.program.kept_inner * job.tokens * job.model.intermediate_size / job.tp
         scores = job.program.kept_scores * _all_scores(job) if policy == "none" else 0.0
-        return 2 * job.program.kept_norm * own + _kept_heads(job) + inner + scores
+        return 2 * job.program.kept_norm * own + _kept_heads(job, policy) + inner + scores
     if policy == "full":
         return 2 * numbers / (job.tp if job.program.gated and job.sequence_parallel else 1)
     masks = 0.0 if job.program.flash else 2.0  # two dropouts a layer
@@ -269,19 +271,19 @@ def layer_activations(job: StepJob, policy: str) -> float:
     return numbers * (replicated + sharded / job.tp)
 
 
-def _kept_heads(job: StepJob) -> float:
+def _kept_heads(job: StepJob, policy: str) -> float:
     """Return the bytes of queries, keys, values and attention's output that a gated layer keeps.
 
     Fused attention keeps the logarithm of each row's sum in fp32. In Megatron-LM's order it copies its output into that
-    of the next product, unless there is one row; with one row and without fused attention, values are a view of the
-    product of all three, so that queries and keys stay in it besides the rotated ones.
+    of the next product, unless there is one row. Without fused attention, with one row or where attention is computed
+    again, values are a view of the product of all three, so that queries and keys stay in it besides the rotated ones.
     """
     heads = job.model.num_attention_heads
     values = job.model.num_key_value_heads / heads
     kept = 4 + 4 * values
     if job.program.sequence_first and job.program.flash and job.micro_batch > 1:
         kept += 2
-    if job.program.sequence_first and not job.program.flash and job.micro_batch == 1:
+    if job.program.sequence_first and not job.program.flash and (job.micro_batch == 1 or policy == "selective"):
         kept += 2 + 2 * values
     sums = 4 * heads if job.program.flash else 0
     return job.tokens * (kept * job.model.hidden_size + sums) / job.tp
