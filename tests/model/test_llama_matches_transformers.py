@@ -109,7 +109,7 @@ def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str, po
 
     loss = mine(ids, labels)
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(loss, expected_loss, atol=0, rtol=1e-6)  # of a loss of 5: ten roundings
+    torch.testing.assert_close(loss, expected_loss, atol=0, rtol=1e-6)  # the loss is 5: ten roundings
 
     loss.backward()
     expected_loss.backward()

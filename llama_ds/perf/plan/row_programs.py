@@ -49,8 +49,8 @@ from llama_ds.perf.plan.program_options import (
 )
 
 _FLASH = re.compile(r"flash[-_ ]?(?:att(?:entio)?n)?[-_ ]?(?:v|version )?([12])\b", re.IGNORECASE)
-_PLAIN = re.compile(r"by torch|by operations|unfused|not fused|without|\bno\b")  # in what a note says of RMSNorm
-_SCORES = re.compile(r"\b(?:torch|megatron)\b(?!-)")  # in what a note says of attention or a kernel
+_PLAIN = re.compile(r"by torch|by operations|unfused|not fused|without|\bno\b")  # beside RMSNorm
+_SCORES = re.compile(r"\b(?:torch|megatron)\b(?!-)")  # beside attention or a kernel
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
 _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lower case, for LLaMA-like programs
     "gradients in bf16": with_small_gradients,
