@@ -15,7 +15,19 @@ from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
 from llama_ds.perf.plan.kernel_speeds import FLASH_1, FLASH_2, relative_speed
 from llama_ds.perf.plan.likely import SPANS
 from llama_ds.perf.plan.memory import VISIBLE, layer_activations, needed_memory, published_memory
-from llama_ds.perf.plan.program import AUTOGRAD, LLAMA, MEGATRON, NEMO, NEMO_GPT, NEOX, ZERO3_2021, Program
+from llama_ds.perf.plan.program import (
+    AUTOGRAD,
+    LLAMA,
+    MEGATRON,
+    MEGATRON_BF16,
+    MEGATRON_LM,
+    MEGATRON_LM_BF16,
+    NEMO,
+    NEMO_GPT,
+    NEOX,
+    ZERO3_2021,
+    Program,
+)
 from llama_ds.perf.plan.program_options import (
     with_attention,
     with_biases,
@@ -23,6 +35,7 @@ from llama_ds.perf.plan.program_options import (
     with_cast_norms,
     with_copies,
     with_deepspeed,
+    with_fused_head,
     with_fused_loss,
     with_fused_swiglu,
     with_megatron,
@@ -170,6 +183,8 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("flash attn, without a kernel for RMSNorm", with_plain_norms(LLAMA), True),
         ("FSDP; unfused RMSNorm", with_plain_norms(AUTOGRAD), True),
         ("kernel for RMSNorm; loss by operations", LLAMA, True),
+        ("RMS kernel; head and loss in one kernel by parts", with_fused_head(LLAMA), True),
+        ("transformers' layer, RMS kernel; kernel for the loss", with_fused_loss(with_transformers(LLAMA)), True),
         ("torch attention", without_flash(with_plain_norms(LLAMA), False), False),
         ("Megatron attention, RMS kernel", without_flash(LLAMA, True), False),
         ("RMS kernel; attention kernel: torch", without_flash(LLAMA, False), False),
@@ -183,8 +198,19 @@ def test_a_llama_program_is_that_of_the_note(note: str, program: Program, flash:
 
 def test_a_gpt_program_is_that_of_the_note() -> None:
     assert program_of({"note": "NeMo 24.09; flash; bf16", "model": "GPT-175B"}) is NEMO_GPT
-    assert program_of({"note": "DeepSpeed ZeRO-3 of 2021", "model": "GPT-175B"}) is ZERO3_2021
-    assert program_of({"note": "as NeoX; FlashAttention-2", "model": "GPT-4B"}) is with_attention(NEOX, FLASH_2)
+    found = [
+        program_of({"note": note, "model": "GPT-175B", "source": source})
+        for note, source in (
+            ("DeepSpeed ZeRO-3 of 2021", ""),
+            ("as NeoX; FlashAttention-2", ""),
+            ("Megatron-DeepSpeed, fp16", "Somebody 2026"),
+            ("bf16", "BigScience chronicles"),
+            ("fp16", "Somebody 2026"),
+            ("bf16", "Somebody 2026"),
+        )
+    ]
+    expected = ZERO3_2021, with_attention(NEOX, FLASH_2), MEGATRON, MEGATRON_BF16, MEGATRON_LM, MEGATRON_LM_BF16
+    assert found == list(expected)
 
 
 def test_it_is_said_what_rows_leave_open(tmp_path: Path) -> None:

@@ -152,6 +152,13 @@ MEGATRON_BF16 = replace(
     end_passes=40,
 )
 
+# Megatron-LM itself, without DeepSpeed's buckets; a stage's outputs are freed once they are sent. In bf16 a gradient is
+# read 2 and added to the only kept one, in fp32, 8; at a step's end as LLAMA below.
+MEGATRON_LM = replace(MEGATRON, name="megatron_lm", keeps_outputs=0, buffers_gib=0)
+MEGATRON_LM_BF16 = replace(
+    MEGATRON_LM, name="megatron_lm_bf16", reduced_bytes=4, accumulation=10, gradient_bytes=4, end_passes=16
+)
+
 # MosaicML llm-foundry on PyTorch FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients need one more read,
 # GELU, fused attention, multi-tensor AdamW. Its fused loss keeps the logits and their gradient in 16 bits.
 FSDP = Program(

@@ -38,6 +38,15 @@ def with_fused_loss(program: Program) -> Program:
 
 
 @cache
+def with_fused_head(program: Program) -> Program:
+    """Return a program that computes head and loss by parts of the tokens, each as large as a hidden state (Liger).
+
+    The kernel reads the logits of a part twice and writes their gradient; the backward has only products.
+    """
+    return replace(program, name=f"{program.name}_head", logits=MemoryTraffic(8, 0), kept_logits=0)
+
+
+@cache
 def with_small_gradients(program: Program) -> Program:
     """Return a program that accumulates and reduces gradients in 16 bits."""
     return replace(program, name=f"{program.name}_16", reduced_bytes=2, gradient_bytes=2, accumulation=6)

@@ -12,6 +12,8 @@ from llama_ds.perf.plan.program import (
     LLAMA,
     MEGATRON,
     MEGATRON_BF16,
+    MEGATRON_LM,
+    MEGATRON_LM_BF16,
     NEMO,
     NEMO_GPT,
     NEOX,
@@ -28,6 +30,7 @@ from llama_ds.perf.plan.program_options import (
     with_cast_norms,
     with_copies,
     with_deepspeed,
+    with_fused_head,
     with_fused_loss,
     with_fused_swiglu,
     with_host_mask,
@@ -125,7 +128,9 @@ def _program_of(row: dict[str, str]) -> Program:
         return ZERO3_2021
     if "fsdp" in note or "flash" in note:
         return with_bf16_reduction(FSDP) if "gradients in bf16" in note or "bf16 pure" in note else FSDP
-    return MEGATRON_BF16 if "bf16" in note else MEGATRON
+    if "deepspeed" in note or "BigScience" in row["source"]:
+        return MEGATRON_BF16 if "bf16" in note else MEGATRON
+    return MEGATRON_LM_BF16 if "bf16" in note else MEGATRON_LM
 
 
 def _llama_program(note: str) -> Program:
@@ -137,10 +142,11 @@ def _llama_program(note: str) -> Program:
     of_norms = [clause for clause in re.split("[;,]", note) if "rms" in clause]
     if any(map(_PLAIN.search, of_norms)) or not (overlapping or of_norms):
         program = with_plain_norms(program)
-    if any("kernel" in clause and "loss" in clause for clause in note.split(";")):
-        program = with_fused_loss(program)
     for words, changed in _STATED.items():
         program = changed(program) if words in note else program
+    of_loss = [clause for clause in note.split(";") if "kernel" in clause and "loss" in clause]
+    if of_loss:  # last, because it replaces what those above say of the loss
+        program = (with_fused_head if any("head" in clause for clause in of_loss) else with_fused_loss)(program)
     kernel = _unfused_attention(note)
     return without_flash(program, kernel == "megatron") if kernel else program
 
