@@ -182,6 +182,8 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("kernel for RMSNorm; flash attention 2.3", LLAMA, True),
         ("flash attn, without a kernel for RMSNorm", with_plain_norms(LLAMA), True),
         ("FSDP; unfused RMSNorm", with_plain_norms(AUTOGRAD), True),
+        ("no fused RMSNorm; flash attn 2", with_plain_norms(LLAMA), True),
+        ("no compiler: kernel for RMSNorm without overlap", LLAMA, True),
         ("kernel for RMSNorm; loss by operations", LLAMA, True),
         ("RMS kernel; head and loss in one kernel by parts", with_fused_head(LLAMA), True),
         ("transformers' layer, RMS kernel; kernel for the loss", with_fused_loss(with_transformers(LLAMA)), True),

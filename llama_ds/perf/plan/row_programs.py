@@ -52,8 +52,11 @@ from llama_ds.perf.plan.program_options import (
 )
 
 _FLASH = re.compile(r"flash[-_ ]?(?:att(?:entio)?n)?[-_ ]?(?:v|version )?([12])\b", re.IGNORECASE)
-_PLAIN = re.compile(r"by torch|by operations|unfused|not fused|without|\bno\b")  # beside RMSNorm
+_PLAIN = re.compile(  # beside RMSNorm
+    r"\b(?:without|no)(?: an?| the)?(?: fused)?(?: kernel for)? rms|by torch|by operations|unfused|not fused"
+)
 _SCORES = re.compile(r"\b(?:torch|megatron)\b(?!-)")  # beside attention or a kernel
+_NOT_COMPILED = re.compile(r"\b(?:no|without)(?: an?)? (?:torch\.)?compile")
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
 _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lower case, for LLaMA-like programs
     "gradients in bf16": with_small_gradients,
@@ -113,7 +116,8 @@ def _like_llama(row: dict[str, str]) -> bool:
 
 
 def _overlaps(note: str) -> bool:
-    return any(words in note for words in _OVERLAPPING)
+    stated = _NOT_COMPILED.sub("", note)
+    return any(words in stated for words in _OVERLAPPING)
 
 
 def _program_of(row: dict[str, str]) -> Program:
