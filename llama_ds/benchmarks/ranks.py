@@ -27,6 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT = 29507
 
 
+def check_links(rate_mbit: float | None, delay_ms: float) -> None:
+    """Raise UserError for a latency of links without a bandwidth: ranks on loopback would not have it."""
+    if delay_ms and rate_mbit is None:
+        raise UserError(
+            f"command line: --delay-ms {delay_ms:g} is of simulated links, which need --rate-mbit; add it, such as "
+            "--rate-mbit 1000, or leave --delay-ms out"
+        )
+
+
 @contextmanager
 def joined(kind: type[T]) -> Iterator[tuple[T, Path, int]]:
     """Join this process with the others of `start_ranks`; yield the request, its folder and the rank."""

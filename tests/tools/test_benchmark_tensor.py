@@ -21,6 +21,8 @@ SMALL = TensorRequest(2, 2, 384, 1, 64, [1, 4], 100.0, True, None, 0.0, 1)
         (replace(SMALL, ranks=1), "--ranks 1 have no collectives; use 2 or more"),
         (replace(SMALL, hidden=400), "--ranks 2 do not divide .* --hidden 400; use a multiple of 384"),
         (replace(SMALL, chunks=[3]), "--seq-len 64 is not a multiple of --ranks 2 \\* --chunks 3; use 66"),
+        (replace(SMALL, chunks=[4, 1, 4]), "--chunks 4 1 4 names one twice"),
+        (replace(SMALL, delay_ms=5.0), "--delay-ms 5 is of simulated links, which need --rate-mbit"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(request_: TensorRequest, rule: str) -> None:

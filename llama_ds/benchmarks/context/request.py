@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama_ds.benchmarks.ranks import check_links
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, CpSizes
 from llama_ds.errors import UserError
 
@@ -38,6 +39,7 @@ class ContextRequest:
         """
         if self.ranks < 2:
             raise UserError(f"command line: --ranks {self.ranks} share no rows; use 2 or more")
+        check_links(self.rate_mbit, self.delay_ms)
         if self.heads % self.kv_heads:
             raise UserError(
                 f"command line: --kv-heads {self.kv_heads} does not divide --heads {self.heads}; use a divisor"

@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from llama_ds.benchmarks.ranks import check_links
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, listed
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.schedules.schedule import IN_A_V
 from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
@@ -67,6 +68,7 @@ class Contest:
         """
         if self.pace and len(self.pace) != 3:
             raise UserError(f"--pace: {len(self.pace)} numbers; give 3, of forward, input and weight backward, in ms")
+        check_links(self.rate_mbit, self.delay_ms)
         _check_overrides(self.overrides)
         plain, _, early = schedule.partition(":")
         name, _, extra = plain.partition("+")
@@ -74,6 +76,11 @@ class Contest:
             raise UserError(
                 f"--schedules: {schedule!r} is not a schedule's name, +N for extra_warmup and :{EARLY} for "
                 "post_validation, such as zb_v+2:early"
+            )
+        if self.pass_times and not any(re.split("[+:]", each)[0] in V_SCHEDULES for each in self.schedules):
+            raise UserError(
+                f"--pass-times {' '.join(map(str, self.pass_times))}: orders {listed(V_SCHEDULES)}, and --schedules "
+                "names none of them; leave it out"
             )
         parallel = {
             "pp": self.pp,

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llama_ds.benchmarks.ranks import start_ranks
+from llama_ds.benchmarks.ranks import check_links, start_ranks
 from llama_ds.errors import UserError
 
 PASSES = ("forward", "backward")
@@ -47,6 +47,11 @@ class TensorRequest:
             raise UserError(
                 f"command line: --ranks {self.ranks} do not divide heads of 64 and intermediate size of --hidden "
                 f"{self.hidden}; use a multiple of {192 * self.ranks}"
+            )
+        check_links(self.rate_mbit, self.delay_ms)
+        if len(set(self.chunks)) < len(self.chunks):
+            raise UserError(
+                f"command line: --chunks {' '.join(map(str, self.chunks))} names one twice; give each number once"
             )
         for chunks in self.chunks:
             if self.seq_len % (self.ranks * chunks):
