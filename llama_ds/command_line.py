@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
@@ -236,8 +237,8 @@ def _result(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
             args = _parse(parser, argv)
         except SystemExit as error:  # argparse has printed the reason
             return int(error.code or 0)
-        if path := getattr(args, "results_file", None):
-            _check_writable(path)
+        if (path := getattr(args, "results_file", None)) is not None:
+            check_file("--out", path)
         if getattr(args, "json", False):
             with _stdout_to_stderr():
                 answer = args.work(args)
@@ -291,7 +292,7 @@ def _print_answer(args: argparse.Namespace, answer: Answer) -> int:
         print(json.dumps(answer.data, indent=1))
     elif answer.text:
         print(answer.text)
-    if path := getattr(args, "results_file", None):
+    if (path := getattr(args, "results_file", None)) is not None:
         _write(path, json.dumps(answer.data, indent=1) + "\n")
     for line in answer.remarks:
         print(line, file=sys.stderr)
@@ -299,13 +300,13 @@ def _print_answer(args: argparse.Namespace, answer: Answer) -> int:
 
 
 def _write(path: str, text: str) -> None:
-    with _reporting_out(path):
+    with _reporting("--out", path, "file"):
         Path(path).write_text(text, encoding="utf-8")
 
 
-def _check_writable(path: str) -> None:
+def check_file(option: str, path: str) -> None:
     """Raise UserError if a file cannot be written: before the work, whose results would be lost."""
-    with _reporting_out(path):
+    with _reporting(option, path, "file"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         is_new = not os.path.lexists(path)
         with open(path, "ab"):
@@ -314,12 +315,22 @@ def _check_writable(path: str) -> None:
             os.remove(path)
 
 
+def check_folder(option: str, path: str) -> None:
+    """Raise UserError if no file can be written to a folder, which is made if it is missing: before the work."""
+    if not path:
+        raise UserError(f"{option}: the name of the folder is empty; give one")
+    with _reporting(option, path, "folder"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+
+
 @contextmanager
-def _reporting_out(path: str) -> Iterator[None]:
+def _reporting(option: str, path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror}); name another {kind}") from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.command_line import end_on_interrupt
+from llama_ds.command_line import check_file, end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
@@ -93,6 +93,7 @@ def gemm(args: argparse.Namespace) -> Answer:
     from llama_ds.benchmarks.machine import describe
     from llama_ds.benchmarks.machine.on_ranks import measure
 
+    check_file("--cluster", args.cluster)
     cluster = _cluster(args)
     machine = describe.begin(cluster.file, cluster.file.stem, cluster.slots)
     request = {"what": "computing", "run": os.path.abspath(wanted.path), "dtype": args.dtype, "quick": args.quick}
@@ -109,6 +110,7 @@ def comm(args: argparse.Namespace) -> Answer:
     from llama_ds.benchmarks.machine import describe
     from llama_ds.benchmarks.machine.on_ranks import measure
 
+    check_file("--cluster", args.cluster)
     cluster = _cluster(args)
     machine = describe.begin(cluster.file, cluster.file.stem, cluster.slots)
     if args.max_bytes and args.max_bytes < args.min_bytes:

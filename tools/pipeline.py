@@ -25,7 +25,7 @@ from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.benchmarks.pipeline.report import report
 from llama_ds.benchmarks.pipeline.run import run_contest
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_results, delay, from_options, new_parser, run, size, whole
+from llama_ds.command_line import Answer, add_results, check_folder, delay, from_options, new_parser, run, size, whole
 from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import read
 
@@ -81,6 +81,9 @@ def race(args: argparse.Namespace) -> Answer:
     contest = from_options(Contest, args)
     for schedule in contest.schedules:
         contest.contestant(schedule)  # raises errors before any rank starts
+    for option, path in (("--svg", args.svg), ("--keep", args.keep)):
+        if path is not None:
+            check_folder(option, path)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_contest(contest, folder)
@@ -88,7 +91,6 @@ def race(args: argparse.Namespace) -> Answer:
         if args.keep:
             shutil.copytree(folder, args.keep, ignore=shutil.ignore_patterns("*.log"), dirs_exist_ok=True)
         if args.svg:
-            Path(args.svg).mkdir(parents=True, exist_ok=True)
             for schedule in contest.schedules:
                 Path(args.svg, f"{schedule}.svg").write_text(picture(read(folder / schedule), schedule))
     return answer
