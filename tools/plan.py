@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -21,7 +22,18 @@ if __name__ == "__main__":
 
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_json, delay, new_parser, real, run, seconds, subcommands
+from llama_ds.command_line import (
+    Answer,
+    add_json,
+    check_file,
+    check_folder,
+    delay,
+    new_parser,
+    real,
+    run,
+    seconds,
+    subcommands,
+)
 from llama_ds.config.reader import integer
 from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
@@ -40,7 +52,7 @@ from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.rows import Row, read_rows
 from llama_ds.perf.plan.search import search
 from llama_ds.perf.plan.validate import assumptions, check, fits
-from llama_ds.perf.plan.write import write
+from llama_ds.perf.plan.write import new_files, write
 
 EXAMPLES = """examples:
   tools/plan.py estimate ds_configs/llama_65b.yaml --gpus 2048 --gpu a100-80gb parallel.schedule=zb_h1 --explain
@@ -55,6 +67,13 @@ EXAMPLES = """examples:
   tools/plan.py fit --data docs/calibration/published_runs.csv docs/calibration/a100_single_node_runs.csv \\
       --gpu a100-80gb a100-40gb --cross-validate
 """
+MOST = 10**6  # GPUs, and other counts
+MOST_TOKENS = 10**16  # as in run files
+RATE = real(1e-3, 1e9)  # tokens/s of a GPU
+# Options of the commands cost and goodput that only some of their questions use.
+_OF_A_RUN = ("model", "gpus", "tokens", "tokens_per_second")
+_OF_A_LOSS = ("inference_tokens", "training_mfu", "inference_mfu")
+_NOT_OF_A_JOB = ("published", "json", "command", "work", "default_of")
 CALIBRATION = shipped.folder("docs/calibration") / "published_runs.csv"
 
 
@@ -109,9 +128,7 @@ def _add_cost_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_positive, help="GPUs of the run")
     command.add_argument("--gpu", default="a100-80gb", help=f"{', '.join(hardware.names())} (default: %(default)s)")
     command.add_argument("--tokens", help="tokens of the run, such as 1.4T (default: the run file's)")
-    command.add_argument(
-        "--tokens-per-second", type=real(0, above=True), help="rate of one GPU (default: of the best layout found)"
-    )
+    command.add_argument("--tokens-per-second", type=RATE, help="rate of one GPU (default: of the best layout found)")
     command.add_argument(
         "--table15", action="store_true", help="table 15 of the LLaMA paper beside the planner's costs"
     )
@@ -121,6 +138,7 @@ def _add_cost_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--inference-tokens", default="0", help="tokens generated after training, such as 2T")
     command.add_argument("--training-mfu", type=real(0, 1, above=True), default=0.45, help="default: %(default)s")
     command.add_argument("--inference-mfu", type=real(0, 1, above=True), default=0.25, help="default: %(default)s")
+    command.set_defaults(default_of=command.get_default)
     add_json(command)
 
 
@@ -161,6 +179,7 @@ def _add_goodput_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--repair-h", type=real(0, 1e5), default=24.0, help="duration of a repair (%(default)s h)")
     command.add_argument("--start", type=_date, metavar="YYYY-MM-DD", help="first day of the run (default: today)")
     command.add_argument("--published", action="store_true", help="compare with published runs")
+    command.set_defaults(default_of=command.get_default)
     add_json(command)
 
 
@@ -186,8 +205,10 @@ def plan_estimate(args: argparse.Namespace) -> Answer:
 def plan_search(args: argparse.Namespace) -> Answer:
     """Return the ranking and write the requested files."""
     gpu = hardware.load(args.gpu)
-    wanted = _tokens("--global-batch-tokens", args.global_batch_tokens) if args.global_batch_tokens else None
-    if args.write and (key := stages_of(args.model)):
+    wanted = None
+    if args.global_batch_tokens is not None:
+        wanted = _tokens("--global-batch-tokens", args.global_batch_tokens)
+    if args.write is not None and (key := stages_of(args.model)):
         raise UserError(
             f"--write {args.write}: {args.model} has {key}, of which the last one is planned, and a written file would "
             "train without the others; leave --write out, and take the layout of the answer into that run file"
@@ -200,14 +221,19 @@ def plan_search(args: argparse.Namespace) -> Answer:
             f"{rows * base.data.seq_len:,} tokens, which are divisible in more layouts",
             file=sys.stderr,
         )
+    name = re.sub("[^A-Za-z0-9_.]", "_", f"{base.name}_{args.gpus}x{gpu.name}")
+    if args.html is not None:
+        check_file("--html", args.html)
+    if args.write is not None:
+        check_folder("--write", args.write)
+        new_files(name, args.write)
     found = search(base, args.gpus, gpu, args.top)
     best = found.best[0]
     cost = costs.run_cost(base.training.tokens, best.step.tokens_per_second, args.gpus, gpu.power_w)
     if args.html:
         save_text(args.html, page(f"{base.name} on {args.gpus:,} x {gpu.name}", found, cost))
     if args.write:
-        written = replace(best.run, name=f"{base.name}_{args.gpus}x{gpu.name}".replace("-", "_"))
-        for path in write(written, args.write):
+        for path in write(replace(best.run, name=name), args.write):
             print(f"wrote {path}", file=sys.stderr)
     return Answer(tables.search_data(found, cost), tables.search_table(found, cost))
 
@@ -215,15 +241,19 @@ def plan_search(args: argparse.Namespace) -> Answer:
 def plan_cost(args: argparse.Namespace) -> Answer:
     """Return the cost of a run, or the cheapest model size for a loss."""
     gpu = hardware.load(args.gpu)
+    if args.table15:
+        _refuse(args, (*_OF_A_RUN, "target_loss", *_OF_A_LOSS), "with --table15")
     if args.target_loss is not None:
+        _refuse(args, _OF_A_RUN, "with --target-loss")
         return _trade(args, gpu)
+    _refuse(args, _OF_A_LOSS, "without --target-loss")
     if args.table15:
         found = {size: search(base_run(size, "2048", 4194304), 2048, gpu, 1) for size in costs.TABLE_15}
         return Answer(*tables.table_15(found))
     if args.model is None or args.gpus is None:
         raise UserError("cost: needs --model and --gpus, or --table15, or --target-loss; see --help")
     base = base_run(args.model)
-    tokens = _tokens("--tokens", args.tokens) if args.tokens else base.training.tokens
+    tokens = base.training.tokens if args.tokens is None else _tokens("--tokens", args.tokens)
     speed, layout = args.tokens_per_second, None
     if speed is None:
         layout = search(base, args.gpus, gpu, 1).best[0]
@@ -237,20 +267,24 @@ def _trade(args: argparse.Namespace, gpu: hardware.Hardware) -> Answer:
     """Return the model sizes that reach a loss, and their costs."""
     shares = (args.training_mfu, args.inference_mfu)
     rates = costs.Rates(gpu.peak * shares[0], gpu.peak * shares[1])
-    return Answer(*tables.trade(args.target_loss, _tokens("--inference-tokens", args.inference_tokens), rates))
+    return Answer(*tables.trade(args.target_loss, _tokens("--inference-tokens", args.inference_tokens, 0), rates))
 
 
 def plan_goodput(args: argparse.Namespace) -> Answer:
     """Return the effective training time of a run, or the comparison with published runs."""
+    gpu = hardware.load(args.gpu)
     if args.published:
+        _refuse(args, [name for name in vars(args) if name not in _NOT_OF_A_JOB], "with --published")
         return Answer(*published())
+    if args.memory_save_s is None:
+        _refuse(args, ("memory_restart_s", "memory_share"), "without --memory-save-s")
     if args.gpus is None or (args.model is None and None in (args.training_days, args.step_s)):
         raise UserError(
             "goodput: needs --gpus and --model (or --training-days and --step-s), or --published; see --help"
         )
     name, days, step_s = args.model or "run", args.training_days, args.step_s
     if days is None or step_s is None:
-        best = search(base_run(args.model), args.gpus, hardware.load(args.gpu), 1).best[0]
+        best = search(base_run(args.model), args.gpus, gpu, 1).best[0]
         days, step_s = days or best.days, step_s or best.step.seconds
     memory_share = args.memory_share if args.memory_save_s is not None else 0.0
     tiers = [Tier("disk", args.disk_save_s, args.restart_s, args.disk_write_s, 1 - memory_share)]
@@ -305,6 +339,15 @@ def plan_fit(args: argparse.Namespace) -> Answer:
     return Answer(data, constants + (f"\n{tables.left_out(left_out)}" if left_out else ""))
 
 
+def _refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """Raise UserError for the first of these options that is given, because it has no effect."""
+    for name in names:
+        value = getattr(args, name)
+        if value != args.default_of(name):
+            fix = "add that or leave it out" if where.startswith("without") else "leave one of them out"
+            raise UserError(f"command line: --{name.replace('_', '-')} {value} has no effect {where}; {fix}")
+
+
 def _add_machine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_positive, required=True, help="number of GPUs")
     command.add_argument("--gpu", default="a100-80gb", help=f"{', '.join(hardware.names())}, or a YAML file")
@@ -321,13 +364,17 @@ def _positive(text: str) -> int:
     number = integer(text)
     if number is None or number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is above {MOST:,}, the largest that is accepted")
     return number
 
 
-def _tokens(flag: str, text: str) -> int:
+def _tokens(flag: str, text: str, least: int = 1) -> int:
     number = integer(text)
-    if number is None or number < 0:
-        raise UserError(f"{flag} {text} is not a number of tokens; write 4M, 1.4T or 4194304")
+    if number is None or not least <= number <= MOST_TOKENS:
+        raise UserError(
+            f"{flag} = {text!r} is not a number of tokens from {least} to {MOST_TOKENS:.0e}; write 4M, 1.4T or 4194304"
+        )
     return number
 
 

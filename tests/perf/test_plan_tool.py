@@ -41,6 +41,13 @@ def test_search_prints_writes_and_draws(tmp_path: Path) -> None:
     again = plan("estimate", run, "--gpus", 64, "--gpu", "h100-80gb", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["fits"]
+    run.write_text(run.read_text() + "# a change of the owner\n")
+    done = plan(
+        *("search", "--model", "7b", "--gpus", 64, "--gpu", "h100-80gb", "--seq-len", 4096),
+        *("--global-batch-tokens", "1M", "--write", tmp_path / "planned"),
+    )
+    assert done.returncode == 2 and f"{run} exists" in done.stderr
+    assert "a change of the owner" in run.read_text()
 
 
 def test_validate_reads_any_file_of_the_format(tmp_path: Path) -> None:
@@ -70,7 +77,27 @@ def test_cost_gives_a_runs_price() -> None:
         (("estimate", "65b", "--gpus", 2000), "world size 2000 is not a multiple"),
         (("estimate", "65b", "--gpus", 2048, "parallel.tp=3"), "parallel.tp = 3 does not divide"),
         (("search", "--model", "7b", "--gpus", 37), "On "),
-        (("search", "--model", "7b", "--gpus", 8, "--global-batch-tokens", "lots"), "lots is not a number of tokens"),
+        (("search", "--model", "7b", "--gpus", 8, "--global-batch-tokens", "lots"), "'lots' is not a number of tokens"),
+        (
+            ("search", "--model", "7b", "--gpus", 8, "--global-batch-tokens", "0"),
+            "'0' is not a number of tokens from 1",
+        ),
+        (("search", "--model", "7b", "--gpus", 8, "--seq-len", ""), "data.seq_len"),
+        (("search", "--model", "7b", "--gpus", "1e18"), "--gpus: '1e18' is above 1,000,000"),
+        (("cost", "--model", "7b", "--gpus", 8, "--tokens", ""), "--tokens = '' is not a number of tokens"),
+        (("cost", "--target-loss", "2", "--gpus", 8), "--gpus 8 has no effect with --target-loss"),
+        (("cost", "--table15", "--model", "7b"), "--model 7b has no effect with --table15"),
+        (
+            ("cost", "--model", "7b", "--gpus", 8, "--inference-tokens", "5T"),
+            "--inference-tokens 5T has no effect without --target-loss",
+        ),
+        (("goodput", "--published", "--gpus", 8), "--gpus 8 has no effect with --published"),
+        (
+            ("goodput", "--training-days", 5, "--step-s", 4, "--gpus", 8, "--memory-share", 0.5),
+            "--memory-share 0.5 has no effect without --memory-save-s",
+        ),
+        (("search", "--model", "7b", "--gpus", 8, "--html", "docs"), "--html docs: cannot be written"),
+        (("search", "--model", "7b", "--gpus", 8, "--write", "setup.py"), "--write setup.py: cannot be written"),
         (("search", "--model", "7b", "--gpus", 8, "--seq-len", "0"), "data.seq_len"),
         (("validate", "--data", "nowhere.csv"), "nowhere.csv: cannot be read"),
         (("validate", "--data", "setup.py"), "setup.py:1: column id is missing"),
@@ -78,7 +105,7 @@ def test_cost_gives_a_runs_price() -> None:
         (("cost", "--target-loss", "1.5"), "--target-loss 1.5"),
         (
             ("cost", "--model", "7b", "--gpus", 8, "--tokens-per-second", 0),
-            "--tokens-per-second: '0' is not a finite number above 0",
+            "--tokens-per-second: '0' is not a finite number from 0.001",
         ),
         (("cost", "--target-loss", "2", "--training-mfu", "0"), "--training-mfu: '0' is not a finite number above 0"),
     ],

@@ -32,7 +32,7 @@ def base_run(model: str, seq_len: str | None = None, batch_tokens: int | None = 
     A run with stages is planned with the rows of its last stage.
     """
     path, overrides = find_run_file(model), ["parallel={}"]
-    if seq_len:
+    if seq_len is not None:
         overrides += [f"data.seq_len={seq_len}", "data.stages=[]"]
     base = load_run(path, overrides)
     if stages_key(base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from llama_ds.config.recompute import parse
@@ -25,13 +26,26 @@ def run_file(run: RunConfig, deepspeed_name: str) -> str:
     return dump_yaml(data)
 
 
+def new_files(name: str, folder: str | Path) -> tuple[Path, Path]:
+    """Return the paths of the run file and of the DeepSpeed JSON of the run `name` in `folder`.
+
+    Raises:
+        UserError: One exists, and may hold changes of its owner.
+    """
+    paths = Path(folder, f"{name}.yaml"), Path(folder, f"{name}_deepspeed.json")
+    for path in paths:
+        if os.path.lexists(path):
+            raise UserError(f"--write {folder}: {path} exists, and may hold changes; move it, or give another folder")
+    return paths
+
+
 def write(run: RunConfig, folder: str | Path) -> tuple[Path, Path]:
     """Write run file and DeepSpeed JSON to `folder`, and check that the trainer can load them.
 
     Raises:
-        UserError: The folder cannot be written to.
+        UserError: The folder cannot be written to, or holds such files.
     """
-    yaml_path, json_path = Path(folder, f"{run.name}.yaml"), Path(folder, f"{run.name}_deepspeed.json")
+    yaml_path, json_path = new_files(run.name, folder)
     try:
         yaml_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(run.deepspeed, indent=2) + "\n", encoding="utf-8")
