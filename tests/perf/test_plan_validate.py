@@ -387,6 +387,12 @@ def test_machines_for_export_have_eight_links(tmp_path: Path) -> None:
         (f"{HEADER}\n{GOOD.replace('full', 'some')}\n", ":2: recompute = 'some' is not one of"),
         (f"{HEADER}\n{GOOD.replace(',1,0,full', ',1,on,full')}\n", ":2: sequence_parallel = 'on' is not 0 or 1"),
         (f"{HEADER}\n{GOOD}\n{GOOD}\n", ":3: repeats line 2"),
+        (f"{HEADER}\n{GOOD}rings of 1.2.3 GB/s\n", ":2: note: the number at 'rings of' is not one"),
+        (f"{HEADER}\n{GOOD}0 Gbps\n", ":2: note: the number at 'Gbps' is not one"),
+        (f"{HEADER}\n{GOOD}{'1' * 400} Gbps\n", ":2: note: the number at 'Gbps' is not one"),
+        (f"{HEADER}\n{GOOD}nodes of 0 GPUs\n", ":2: note: the number at 'nodes of' is not one"),
+        (f"{HEADER}\n{GOOD}cp 0\n", ":2: note: cp 0 is not from 1"),
+        (f"{HEADER}\n{GOOD}x\n".replace("iteration_s,10.0", "mfu_pct,150"), ":2: value = 150 is above 100 percent"),
         (f"{HEADER}\n{GOOD}a kernel for RMSNorm, 400 Gbps\n", ":2: has more fields than the header"),
         ("id,source\nx,y\n", ":1: column model is missing"),
         ("", ":1: column id is missing"),
@@ -451,3 +457,20 @@ def test_quantiles_are_interpolated() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 1.0], 0.9) == pytest.approx(0.9)
     assert quantile([5.0], 0.9) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("note", "gb_s"),
+    [("1600 Gbps", 200.0), ("1,600 Gbps", 200.0), ("62.5 Gbps", 7.8125), ("8x200 Gbps", 200.0), ("8 x 200Gbps", 200.0)],
+)
+def test_a_note_s_bandwidth_is_read_whole(tmp_path: Path, note: str, gb_s: float) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(f'{HEADER}\n{GOOD}"{note}"\n')
+    assert read_rows(file)[0].links[1] == gb_s
+
+
+@pytest.mark.parametrize("name", ["zb_v", "ZB-V", "zb_h1", "V-Half", "v_min", "dualpipe_v", "DualPipe"])
+def test_a_schedule_that_rows_cannot_state_is_not_planned_as_1f1b(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(f"{HEADER}\n{GOOD.replace(',8,1,1,8,', ',8,1,2,4,')}{name}\n")
+    assert read_rows(file)[0].skipped == f"schedule {name}, of which rows state ZB-1p and ZB-2p only"

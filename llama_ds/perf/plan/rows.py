@@ -11,7 +11,7 @@ from pathlib import Path
 from llama_ds.config.context_parallel import NODE_RANKS, WHOLE_ROWS, CpSizes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, shortened
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import OP, Counts, StepJob
 from llama_ds.perf.plan.row_programs import program_of, unstated
@@ -45,10 +45,13 @@ _MACHINES: dict[str, tuple[str, float | None]] = {
     "H100-80GB": ("h100-80gb-2023", None),
     "H800-80GB": ("h100-80gb-2023", 360 * 8 / 18),
 }
-_GBPS = re.compile(r"([0-9]+) ?Gbps")
-_RING = re.compile(r"rings of ([0-9.]+) GB/s")
+_NUMBER = r"([0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)"
+_GBPS = re.compile(rf"(?:\b([0-9]+) ?x ?)?(?<![0-9.,]){_NUMBER} ?Gbps")
+_RING = re.compile(rf"rings of {_NUMBER} GB/s")
 _NODE = re.compile(r"\bnodes of ([0-9]+) GPUs")
 _CP = re.compile(r"\bcp ([0-9]+)( by all-to-all)?")
+_UNKNOWN_SCHEDULE = re.compile(r"\b(?:zb[-_ ]?(?:v|h1|h2|vpp)|v[-_](?:half|min)|dualpipe\w*)\b", re.IGNORECASE)
+_MOST = 1e6  # Gbps, GB/s or ranks of a note
 _FLAGS = {
     **dict.fromkeys(("", "0", "0.0", "false", "no"), False),
     **dict.fromkeys(("1", "1.0", "true", "yes"), True),
@@ -145,6 +148,11 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
         raise UserError(f"{source}: zero_stage = {row['zero_stage']} is not 0, 1, 2 or 3; correct the row")
     if (numbers["heads"] or 1) > (numbers["hidden"] or math.inf):
         raise UserError(f"{source}: heads = {row['heads']} are more than hidden = {row['hidden']}; correct the row")
+    if kind in ("mfu_pct", "hfu_pct") and 100 < value < math.inf:
+        raise UserError(
+            f"{source}: value = {row['value']} is above 100 percent, and {kind} is a share; correct the row"
+        )
+    _check_note(row["note"], source)
     links = links_of(row)
     gpu, _ = _MACHINES.get(row["gpu_type"], (row["gpu_type"], None))
     reason = _obstacle(row, numbers)
@@ -165,6 +173,26 @@ def _assumed(row: dict[str, str], job: StepJob, network: float | None, node_rank
     return (*found, *unstated(row))
 
 
+def _check_note(note: str, source: str) -> None:
+    """Refuse numbers of a note that would be read as another one, or as none."""
+    form = {"Gbps": _GBPS, "rings of": _RING, "nodes of": _NODE}
+    for words, pattern in form.items():
+        stated = pattern.search(note)
+        numbers = [_float(text) for text in stated.groups() if text] if stated else []
+        wrong = any(not 0 < number <= _MOST for number in numbers)
+        if wrong or (words == "rings of" and not stated and re.search(r"\brings of [0-9.,]", note)):
+            raise UserError(
+                f"{source}: note: the number at '{words}' is not one from above 0 to {_MOST:.0e}; correct the note, as "
+                "in 1600 Gbps, rings of 5.07 GB/s or nodes of 4 GPUs"
+            )
+    if (stated := _CP.search(note)) and not 0 < int(stated[1]) <= _MOST:
+        raise UserError(f"{source}: note: cp {shortened(stated[1])} is not from 1 to {_MOST:.0e}; correct the note")
+
+
+def _float(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
 def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
     note = row["note"].lower()
     stated = [name for name in _LAYOUT if not numbers[name]]
@@ -174,6 +202,8 @@ def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
         return f"{', '.join(stated)} not stated"
     if "fp8" in note and "not fp8" not in note:
         return "fp8"
+    if (numbers["pp"] or 1) > 1 and (named := _UNKNOWN_SCHEDULE.search(row["note"])):
+        return f"schedule {named[0]}, of which rows state ZB-1p and ZB-2p only"
     tp, pp, dp, n = (numbers[name] or 0 for name in ("tp", "pp", "dp", "n_gpus"))
     cp = _cp(row).ranks
     if tp * pp * dp * cp != n:
@@ -251,7 +281,9 @@ def links_of(row: dict[str, str]) -> tuple[float | None, float | None, float | N
     nvlink, network = next(((a, b) for name, a, b in _LINKS if name in row["source"]), (None, None))
     nvlink = nvlink or _MACHINES.get(row["gpu_type"], ("", None))[1]
     stated, ring = _GBPS.search(row["note"]), _RING.search(row["note"])
-    return nvlink, float(stated[1]) / 8 if stated else network, float(ring[1]) if ring else None
+    if stated:
+        network = int(stated[1] or 1) * _float(stated[2]) / 8
+    return nvlink, network, _float(ring[1]) if ring else None
 
 
 def schedule_named(note: str, pp: int, virtual: int) -> tuple[str, int, int]:
