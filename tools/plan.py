@@ -319,19 +319,23 @@ def plan_validate(args: argparse.Namespace) -> Answer:
 
 def plan_fit(args: argparse.Namespace) -> Answer:
     """Fit, report on held-out sources, and write the YAML files."""
-    machines = {name: hardware.load(name) for name in args.gpu}
+    # A row names a machine by its gpu_type: the name of a description, or that in a file of one's own.
+    files = {(path := hardware.path_of(name)): hardware.load(str(path)) for name in args.gpu}
+    machines = {machine.name: machine for machine in files.values()}
+    if not args.dry_run:
+        for path in files:
+            check_file("--gpu", str(path))
     rows = usable(_rows(args.data), machines, args.every)
     if not rows:
         raise UserError(f"{', '.join(args.data)}: no row of {', '.join(machines)} states a layout; give other files")
-    start = machines[args.gpu[0]].calibration
+    start = next(iter(machines.values())).calibration
     print_line = partial(print, file=sys.stderr, flush=True)
     print_line(f"{len(rows)} rows, {len(BOUNDS)} constants")
     found = fit(rows, machines, start, rounds=args.rounds, print_line=print_line)
     found = replace(found, sources=f"fitted by tools/plan.py fit to {', '.join(Path(path).name for path in args.data)}")
     left_out = cross_validate(rows, machines, found) if args.cross_validate else {}
     if not args.dry_run:
-        for name, machine in machines.items():
-            path = hardware.FOLDER / f"{name}.yaml"
+        for path, machine in files.items():
             save_text(str(path), hardware.text(replace(machine, calibration=found)))
             print(f"wrote {path}", file=sys.stderr)
     constants = "\n".join(f"  {name:16} {getattr(found, name):.4g}" for name in BOUNDS)

@@ -72,15 +72,15 @@ def save_text(path: str, text: str) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}; give another path") from None
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Return the mapping in the YAML file `path`.
+def read_yaml(path: str, what: str = "a run file", like: str = "ds_configs/quickstart.yaml") -> dict[str, Any]:
+    """Return the mapping in the YAML file `path`; errors say that it is to be `what`, `like` another file.
 
     Raises:
         UserError: the file is missing, has a syntax error (its line is reported) or a duplicate key, or is no mapping.
     """
     data = parse_yaml(_text(path), path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no sections; a run file is a YAML mapping (see ds_configs/quickstart.yaml)")
+        raise UserError(f"{path}: holds no sections; {what} is a YAML mapping (see {like})")
     return data
 
 

@@ -344,6 +344,10 @@ def test_every_number_is_finite_and_explained() -> None:
     ("line", "words"),
     [
         ("memory_gib: -1", "memory_gib = -1.0 is not positive"),
+        ("memory_gib: 81920", "memory_gib = 81920 is not from 1e-09 to 10000; give it in the unit of its name"),
+        ("bandwidth_gb_s: 2.039e12", "bandwidth_gb_s = 2.039e\\+12 is not from"),
+        ("peak_tflops: 1e300", "peak_tflops = 1e\\+300 is not from"),
+        ("name: ''", "name is empty"),
         ("device: A101", "device = 'A101' is not a device"),
         ("processors: many", "processors = 'many' is not an integer"),
         ("colour: red", "colour is not a known key"),
@@ -358,6 +362,12 @@ def test_a_bad_machine_is_refused_with_its_key(line: str, words: str, tmp_path: 
     with pytest.raises(UserError, match=words) as error:
         hardware.load(str(path))
     assert str(path) in str(error.value)
+
+
+def test_a_machine_file_without_keys_is_told_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("- a list\n")
+    with pytest.raises(UserError, match=r"the description of a machine is a YAML mapping .*a100-80gb\.yaml"):
+        hardware.load(str(tmp_path / "mine.yaml"))
 
 
 def test_an_unknown_machine_is_refused_with_the_nearest() -> None:

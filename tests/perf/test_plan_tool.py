@@ -60,6 +60,20 @@ def test_validate_reads_any_file_of_the_format(tmp_path: Path) -> None:
     assert len(found["rows"]) == sum(item["rows"] for item in found["sources"].values())
 
 
+def test_fit_writes_the_file_of_a_machine_of_ones_own(tmp_path: Path) -> None:
+    """Its runs name it by its gpu_type."""
+    described = (ROOT / "llama_ds/perf/plan/data/a100-80gb.yaml").read_text()
+    (tmp_path / "ours.yaml").write_text(described.replace("name: a100-80gb", "name: ours"))
+    header, *rows = (ROOT / "docs/calibration/published_runs.csv").read_text().splitlines(keepends=True)
+    found = [row.replace("A100-80GB", "ours") for row in rows if "zb" in row.lower() or "seq_par" in row][:4]
+    (tmp_path / "runs.csv").write_text("".join([header, *found]))
+    done = plan("fit", "--data", tmp_path / "runs.csv", "--gpu", tmp_path / "ours.yaml", "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path / 'ours.yaml'}" in done.stderr
+    assert "tools/plan.py fit to runs.csv" in (tmp_path / "ours.yaml").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.yaml", "runs.csv"]
+
+
 def test_cost_gives_a_runs_price() -> None:
     done = plan("cost", "--model", "65b", "--gpus", 2048, "--tokens-per-second", 380.4, "--json")
     assert done.returncode == 0, done.stderr

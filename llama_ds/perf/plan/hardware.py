@@ -17,7 +17,12 @@ from llama_ds.errors import UserError, did_you_mean
 from llama_ds.layout.flops import device_peak
 from llama_ds.perf.plan.curves import OPERATIONS, Curves
 
+# Limits refuse what no machine has, such as figures in other units: a memory in MiB, a bandwidth in bytes/s.
+LEAST, MOST = 1e-9, 1e9
+LIMITS = {"memory_gib": 1e4, "bandwidth_gb_s": 1e6, "peak_tflops": 1e6, "processors": 1e6, "power_w": 1e5}
+LIMITS |= {"links.nvlink_gb_s": 1e6, "links.network_gb_s": 1e6, "links.ring_gb_s": 1e6, "links.gpus_per_node": 1e5}
 MAX_SPREAD = 0.2  # ranks that differ more are not of one kind
+EXAMPLE = "llama_ds/perf/plan/data/a100-80gb.yaml"
 FOLDER = Path(__file__).parent / "data"
 
 
@@ -138,18 +143,29 @@ def load(name: str) -> Hardware:
     Raises:
         UserError: There is no such machine, or its description is invalid.
     """
+    path = path_of(name)
+    data = read_yaml(str(path), "the description of a machine", EXAMPLE)
+    hardware = read(Hardware, data, ConfigSource(str(path)))
+    _check(hardware, str(path))
+    return hardware
+
+
+def path_of(name: str) -> Path:
+    """Return the path of the description of the machine with this name, or `name` if it is a path.
+
+    Raises:
+        UserError: There is no such machine.
+    """
     known = names()
     path = FOLDER / f"{name.lower()}.yaml"
     if not path.is_file():
         if not name.endswith((".yaml", ".yml")):
             raise UserError(
                 f"--gpu {name}: not a described machine{did_you_mean(name.lower(), known)}; use "
-                f"{', '.join(known)}, or the path of a YAML file like llama_ds/perf/plan/data/a100-80gb.yaml"
+                f"{', '.join(known)}, or the path of a YAML file like {EXAMPLE}"
             )
         path = Path(name)
-    hardware = read(Hardware, read_yaml(str(path)), ConfigSource(str(path)))
-    _check(hardware, str(path))
-    return hardware
+    return path
 
 
 def text(hardware: Hardware) -> str:
@@ -166,6 +182,8 @@ def _plain(value: Any) -> Any:
 
 def _check(hardware: Hardware, path: str) -> None:
     source = ConfigSource(path)
+    if not hardware.name.strip():
+        raise source.error("name", "is empty; give the machine one")
     if hardware.dtype not in ("bf16", "fp32"):
         raise source.error("dtype", f"= {hardware.dtype!r} is not bf16 or fp32")
     if hardware.peak_tflops is None and device_peak(hardware.device, hardware.dtype) is None:
@@ -175,8 +193,13 @@ def _check(hardware: Hardware, path: str) -> None:
     for key, section in (("", hardware), ("links.", hardware.links), ("calibration.", hardware.calibration)):
         for name, value in vars(section).items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and name != "rank_spread"
+            most = LIMITS.get(key + name, MOST)
             if number and not value > 0:
                 raise source.error(key + name, f"= {value} is not positive")
+            if number and not LEAST <= value <= most:
+                raise source.error(
+                    key + name, f"= {value:g} is not from {LEAST:g} to {most:g}; give it in the unit of its name"
+                )
     if not 0 <= hardware.rank_spread <= MAX_SPREAD:
         allowed = f"is not from 0 to {MAX_SPREAD}; it is a share of a step's time"
         raise source.error("rank_spread", f"= {hardware.rank_spread} {allowed}")
