@@ -153,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument(
         "--skip-steps", type=whole(0), default=0, help="then skip the data of this many steps (default: rewind + 200)"
     )
+    parser.set_defaults(default_of=parser.get_default)
     return parser
 
 
@@ -192,15 +193,7 @@ def report(args: argparse.Namespace) -> Answer:
 
 def launch(args: argparse.Namespace) -> int:
     """Start the job and supervise it to its end."""
-    if args.keep_ranks and not (args.supervise and args.warm_processes and args.launcher == "pdsh"):
-        raise UserError(
-            "--keep-ranks: keeps ranks that a restart would fork from warm processes; it needs --supervise and "
-            "--launcher pdsh, without --no-warm-processes"
-        )
-    if args.leave_s is not None and not args.keep_ranks:
-        raise UserError(
-            f"--leave-s {args.leave_s:g}: bounds how long ranks that are kept take to leave; add --keep-ranks"
-        )
+    check_supervision(args)
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
     check_packages(wanted.path, wanted.logging.boards)
@@ -251,6 +244,37 @@ def launch(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
     finally:
         lock.release()
+
+
+def check_supervision(args: argparse.Namespace) -> None:
+    """Refuse options of a supervision that the others leave without effect.
+
+    Raises:
+        UserError: the message names the option that is missing.
+    """
+    if args.keep_ranks and not (args.supervise and args.warm_processes and args.launcher == "pdsh"):
+        raise UserError(
+            "--keep-ranks: keeps ranks that a restart would fork from warm processes; it needs --supervise and "
+            "--launcher pdsh, without --no-warm-processes"
+        )
+    if args.leave_s is not None and not args.keep_ranks:
+        raise UserError(
+            f"--leave-s {args.leave_s:g}: bounds how long ranks that are kept take to leave; add --keep-ranks"
+        )
+    of_restarts = ("spares", "max_restarts", "rewind_steps", "skip_steps")
+    given = [name for name in of_restarts if getattr(args, name) != args.default_of(name)]
+    if given and not args.supervise:
+        name = f"--{given[0].replace('_', '-')} {getattr(args, given[0])}"
+        raise UserError(f"{name}: is of restarts, and without --supervise there are none; add it, or leave {name} out")
+    if args.supervise and not args.max_restarts:
+        raise UserError(
+            "--max-restarts 0: leaves --supervise without restarts; use 1 or more, or leave --supervise out"
+        )
+    if args.skip_steps and not args.rewind_steps:
+        raise UserError(
+            f"--skip-steps {args.skip_steps}: is what a rewind skips, and --rewind-steps is 0; add it, such as "
+            "--rewind-steps 100"
+        )
 
 
 def accounts_of(run_dir: str) -> dict[str, float]:

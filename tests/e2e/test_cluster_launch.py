@@ -186,7 +186,15 @@ def test_dry_run_shows_the_command_and_starts_nothing(make_run: Callable[..., Ru
         (["--hostfile", "hostfiles/local", "--listen", "192.0.2.1"], "--listen 192.0.2.1"),
         (["--hostfile", "hostfiles/local", "--nic", "nic7"], "--nic nic7: localhost has no such interface"),
         (["--hostfile", "hostfiles/local", "parallel.pp=3"], "world size 2 is not a multiple"),
-        (["--hostfile", "hostfiles/local", "--spares", "nowhere"], "nowhere: the hostfile cannot be read"),
+        (["--hostfile", "hostfiles/local", "--spares", "x"], "--spares x: is of restarts, and without --supervise"),
+        (["--hostfile", "hostfiles/local", "--max-restarts", "9"], "--max-restarts 9: is of restarts, and without"),
+        (["--hostfile", "hostfiles/local", "--rewind-steps", "9"], "--rewind-steps 9: is of restarts, and without"),
+        (["--hostfile", "hostfiles/local", "--supervise", "--max-restarts", "0"], "--max-restarts 0: leaves"),
+        (["--hostfile", "hostfiles/local", "--supervise", "--skip-steps", "9"], "--rewind-steps is 0; add it"),
+        (
+            ["--hostfile", "hostfiles/local", "--supervise", "--spares", "nowhere"],
+            "nowhere: the hostfile cannot be read",
+        ),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], error: str, make_run: Callable[..., Run]) -> None:
