@@ -178,10 +178,11 @@ def _check_even_stages(run: RunConfig) -> None:
     if virtual > 1 and layers % (pp * virtual):
         fits = [v for v in range(1, layers // pp + 1) if layers % (pp * v) == 0]
         advice = f"use virtual_stages {listed(fits)}, or" if fits else "use"
+        other = f"parallel.partition with {pp * virtual} entries" if pp * virtual <= layers else "a smaller pp"
         raise _error(
             run,
             f"parallel.virtual_stages = {virtual} * pp {pp} = {pp * virtual} stages do not divide "
-            f"model.num_hidden_layers = {layers}; {advice} parallel.partition with {pp * virtual} entries",
+            f"model.num_hidden_layers = {layers}; {advice} {other}",
         )
 
 

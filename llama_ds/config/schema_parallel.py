@@ -70,7 +70,7 @@ class ParallelConfig(Section):
             "memory, which hides slow links.",
             "micro-batches",
             NOT_NEGATIVE,
-            rule="Not for schedules interleaved and dualpipe_v.",
+            rule="Above 0 for pp > 1, not for schedules interleaved, dualpipe_v and deepspeed.",
             most=1e6,
         ),
     ] = 0

@@ -162,6 +162,11 @@ def check_parallel(parallel: ParallelConfig) -> None:
         raise parallel.broken(
             f"parallel.virtual_stages = {virtual}: DeepSpeed's own engine has one stage on a rank; use 1"
         )
+    if parallel.extra_warmup and not parallel.own_pipeline:
+        raise parallel.broken(
+            f"parallel.extra_warmup = {parallel.extra_warmup} is for pp > 1 and this stack's own schedules; use 0 with "
+            f"pp {pp} and {parallel.schedule}"
+        )
     if parallel.pass_times is not None and parallel.schedule not in V_SCHEDULES:
         raise parallel.broken(
             f"parallel.pass_times orders schedule {listed(V_SCHEDULES)}; leave it out with {parallel.schedule}"

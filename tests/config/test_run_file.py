@@ -317,8 +317,14 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
     ("overrides", "message"),
     [
         (["parallel.virtual_stages=3", "parallel.schedule=interleaved"], "parallel.virtual_stages = 3 * pp 2 = 6 "
-         "stages do not divide model.num_hidden_layers = 4; use virtual_stages 1 or 2, or parallel.partition with 6 "
-         "entries"),
+         "stages do not divide model.num_hidden_layers = 4; use virtual_stages 1 or 2, or a smaller pp"),
+        (["parallel.virtual_stages=2", "parallel.schedule=interleaved", "model.num_hidden_layers=7"],
+         "parallel.virtual_stages = 2 * pp 2 = 4 stages do not divide model.num_hidden_layers = 7; use "
+         "parallel.partition with 4 entries"),
+        (["parallel.extra_warmup=2", "parallel.schedule=deepspeed"], "parallel.extra_warmup = 2 is for pp > 1 and this "
+         "stack's own schedules; use 0 with pp 2 and deepspeed"),
+        (["parallel.extra_warmup=2", "parallel.pp=1"], "parallel.extra_warmup = 2 is for pp > 1 and this stack's own "
+         "schedules; use 0 with pp 1 and 1f1b"),
         (["parallel.virtual_stages=2", "parallel.partition=[2, 2]"], "parallel.partition = [2, 2] has 2 entries, "
          "not pp * virtual_stages = 4"),
         (["parallel.virtual_stages=2", "parallel.schedule=deepspeed"], "parallel.virtual_stages = 2: DeepSpeed's own "
