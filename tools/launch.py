@@ -266,10 +266,6 @@ def check_supervision(args: argparse.Namespace) -> None:
     if given and not args.supervise:
         name = f"--{given[0].replace('_', '-')} {getattr(args, given[0])}"
         raise UserError(f"{name}: is of restarts, and without --supervise there are none; add it, or leave {name} out")
-    if args.supervise and not args.max_restarts:
-        raise UserError(
-            "--max-restarts 0: leaves --supervise without restarts; use 1 or more, or leave --supervise out"
-        )
     if args.skip_steps and not args.rewind_steps:
         raise UserError(
             f"--skip-steps {args.skip_steps}: is what a rewind skips, and --rewind-steps is 0; add it, such as "

@@ -189,7 +189,6 @@ def test_dry_run_shows_the_command_and_starts_nothing(make_run: Callable[..., Ru
         (["--hostfile", "hostfiles/local", "--spares", "x"], "--spares x: is of restarts, and without --supervise"),
         (["--hostfile", "hostfiles/local", "--max-restarts", "9"], "--max-restarts 9: is of restarts, and without"),
         (["--hostfile", "hostfiles/local", "--rewind-steps", "9"], "--rewind-steps 9: is of restarts, and without"),
-        (["--hostfile", "hostfiles/local", "--supervise", "--max-restarts", "0"], "--max-restarts 0: leaves"),
         (["--hostfile", "hostfiles/local", "--supervise", "--skip-steps", "9"], "--rewind-steps is 0; add it"),
         (
             ["--hostfile", "hostfiles/local", "--supervise", "--spares", "nowhere"],
