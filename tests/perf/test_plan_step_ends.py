@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llama_ds.config.run_file import load_run
-from llama_ds.perf.plan.estimate import estimate
+from llama_ds.perf.plan.estimate import Estimate, as_data, estimate, report
 from llama_ds.perf.plan.hardware import load
 from llama_ds.perf.plan.step import end_of_step, stage_costs
 from llama_ds.perf.plan.step_ends import ChunkEnds, chunk_ends, exposed_gather, exposed_reduction
@@ -85,9 +85,12 @@ def test_without_an_order_nothing_is_overestimated(more: list[str]) -> None:
 def test_bf16_gradients_pay_where_neighbours_add_them_first() -> None:
     """Four data-parallel ranks of a node: each would send twice the bytes of its part of a ring in fp32."""
 
-    def reduction(*more: str) -> float:
-        run = load_run("ds_configs/llama_65b.yaml", [*SIZES, *ZB_V, *more])
-        return estimate(run, 2048, GPU).step.reduction
+    def planned(*more: str) -> Estimate:
+        return estimate(load_run("ds_configs/llama_65b.yaml", [*SIZES, *ZB_V, *more]), 2048, GPU)
 
     bf16 = "deepspeed.communication_data_type=bf16"
-    assert reduction(bf16, "parallel.gradient_neighbours=4") < 0.85 * reduction() < 0.5 * reduction(bf16)
+    fp32, alone, near = planned(), planned(bf16), planned(bf16, "parallel.gradient_neighbours=4")
+    assert near.step.reduction < 0.85 * fp32.step.reduction < 0.5 * alone.step.reduction
+    assert "gradients in" not in report(fp32) and ", gradients in bf16, ZeRO-1" in report(alone)
+    assert ", gradients in bf16 behind sums of 4 neighbours, ZeRO-1" in report(near)
+    assert [as_data(found)["gradients"] for found in (fp32, near)] == ["fp32", "bf16"]

@@ -142,6 +142,8 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "tp_chunks": parallel.tp_chunks,
         "joint_weight_gradients": parallel.joint_weight_gradients,
         "cuda_graphs": parallel.cuda_graphs,
+        "gradients": "bf16" if found.run.reduces_in_bf16 else "fp32",
+        "gradient_neighbours": parallel.gradient_neighbours,
         "zero_stage": found.run.zero_stage,
         "recompute": [dict(counts) for counts in step.job.stages],
         "step_s": step.seconds,
@@ -184,6 +186,8 @@ def report(found: Estimate) -> str:
     step, layout, parallel = found.step, found.layout, found.run.parallel
     sharing, likely = sharing_costs(found.gpu, step), likely_speed(found.gpu, step)
     cut = f", tensor-parallel collectives in {parallel.tp_chunks} chunks" if parallel.tp_chunks > 1 else ""
+    sent = ", gradients in bf16" if found.run.reduces_in_bf16 else ""
+    sent += f" behind sums of {near} neighbours" if (near := parallel.gradient_neighbours) > 1 else ""
     muon = found.run.optimizer.name == "muon"
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
@@ -193,7 +197,7 @@ def report(found: Estimate) -> str:
         f"{f', {joint} weight gradients at a time' if (joint := parallel.joint_weight_gradients) > 1 else ''}"
         f"{', layers as CUDA graphs' if parallel.cuda_graphs else ''}"
         f"{', steps begin before the norm' if parallel.post_validation else ''}"
-        f"{cut}, ZeRO-{found.run.zero_stage}",
+        f"{cut}{sent}, ZeRO-{found.run.zero_stage}",
         f"  batch          {layout.global_batch:,} rows of {found.run.data.seq_len:,} = dp {layout.dp} x micro-batch "
         f"{layout.micro_batch} x {layout.accumulation} micro-batches",
         f"  step           {step.seconds:.3f} s = pipeline {step.pipeline:.3f} + reduction {step.reduction:.3f} + "
