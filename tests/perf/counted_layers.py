@@ -7,54 +7,49 @@ A collective allocates its output; all-reduces are in place.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama_ds.parallel.dry_run.ledger import OTHER, Ledger
 from llama_ds.perf.plan.job import StepJob
 
 
-class Counter(TorchDispatchMode):
-    """Counts the bytes of tensors that were allocated in it and still exist, and the most at one time.
+class Counted(Ledger):
+    """Counts the bytes of tensors that exist beside those known before, and the most at one time.
 
     `events` are (number of the tensor, size), and (number, 0) when it is freed.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self.now = self.most = 0
         self.events: list[tuple[int, int]] = []
+        self._numbers: dict[int, int] = {}
+        self.mark(known, OTHER)
+        self.events.clear()
+        self._numbers.clear()
+        self._known = self.total
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return found
+    @property
+    def held(self) -> int:
+        return self.total - self._known
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.live or key in self.known:
-            return
+    @property
+    def most(self) -> int:
+        return self.high - self._known
 
-        number = len(self.events)
+    def _take(self, storage: Any) -> None:
+        super()._take(storage)
+        self._numbers[storage._cdata] = number = len(self.events)
+        self.events.append((number, storage.nbytes()))
 
-        def freed(_: object) -> None:
-            del self.live[key]
-            self.now -= size
-            self.events.append((number, 0))
-
-        self.live[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.most = max(self.most, self.now)
-        self.events.append((number, size))
+    def _release(self, key: int) -> None:
+        super()._release(key)
+        if key in self._numbers:
+            self.events.append((self._numbers.pop(key), 0))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

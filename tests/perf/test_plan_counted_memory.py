@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from caching_allocator import Allocator
-from counted_layers import Counter, Layer, Loss, Product, empty
+from counted_layers import Counted, Layer, Loss, Product, empty
 from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig
@@ -82,13 +82,13 @@ def test_a_layer_keeps_what_its_operations_keep(case: Case, policy: str) -> None
     if policy == "selective" and job.program.flash:
         return  # nothing to recompute
     layer = Layer(job, *kernels, policy=policy)
-    with Counter(layer.known) as counter:
+    with Counted(layer.known) as counter:
         leaf = boundary(job).requires_grad_()
-        before = counter.now
+        before = counter.held
         x = leaf * 1  # as another layer's output, which is freed unless this one keeps it
         out = layer(x)
         del x
-        kept = counter.now - before - out.nbytes
+        kept = counter.held - before - out.nbytes
     assert kept == pytest.approx(layer_activations(job, policy), rel=2e-4)
 
 
@@ -119,10 +119,10 @@ def test_the_allocator_leaves_the_gaps_that_are_planned(recompute: str) -> None:
     assert counted == pytest.approx(planned, rel=0.3)
 
 
-def counted_stage(layers: list[Layer]) -> Counter:
+def counted_stage(layers: list[Layer]) -> Counted:
     """Return what the second of three stages allocates in two forwards, a backward and one of each."""
     job = layers[0].job
-    with Counter(tensor for layer in layers for tensor in layer.known) as counter:
+    with Counted(tensor for layer in layers for tensor in layer.known) as counter:
         inputs, outputs = [], list[Tensor]()
         for i in range(3):
             x = boundary(job).requires_grad_()
@@ -149,7 +149,7 @@ def test_the_loss_holds_its_logits_four_times(tp: int) -> None:
     job = job_of(tp, False, 1, program_of(False, "fused", False), pp=1, recompute="none")
     head, x = empty(job.vocab, job.model.hidden_size).requires_grad_(), boundary(job).requires_grad_()
     targets = torch.empty(x.shape[:2], dtype=torch.int64, device="meta")
-    with Counter([head, x, targets]) as counter:
+    with Counted([head, x, targets]) as counter:
         logits = Product.apply(x, head, None)
         loss = Loss.apply(logits.float(), targets).mean()
         del logits
