@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -323,6 +323,17 @@ def check_folder(option: str, path: str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> Iterator[str]:
+    """Yield those of these options that differ from their default, as they are typed: "--gpus 8".
+
+    The parser has set `default_of` to its `get_default`.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value != args.default_of(name):
+            yield f"--{name.replace('_', '-')} {value}"
 
 
 @contextmanager

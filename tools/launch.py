@@ -31,7 +31,19 @@ if __name__ == "__main__":
 
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import INTERRUPTED, Answer, add_json, delay, new_parser, port, real, run, seconds, whole
+from llama_ds.command_line import (
+    INTERRUPTED,
+    Answer,
+    add_json,
+    delay,
+    given,
+    new_parser,
+    port,
+    real,
+    run,
+    seconds,
+    whole,
+)
 from llama_ds.config.boards import check_packages
 from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
@@ -261,11 +273,11 @@ def check_supervision(args: argparse.Namespace) -> None:
         raise UserError(
             f"--leave-s {args.leave_s:g}: bounds how long ranks that are kept take to leave; add --keep-ranks"
         )
-    of_restarts = ("spares", "max_restarts", "rewind_steps", "skip_steps")
-    given = [name for name in of_restarts if getattr(args, name) != args.default_of(name)]
-    if given and not args.supervise:
-        name = f"--{given[0].replace('_', '-')} {getattr(args, given[0])}"
-        raise UserError(f"{name}: is of restarts, and without --supervise there are none; add it, or leave {name} out")
+    of_restarts = "spares", "max_restarts", "rewind_steps", "skip_steps"
+    if not args.supervise and (option := next(given(args, of_restarts), None)):
+        raise UserError(
+            f"{option}: is of restarts, and without --supervise there are none; add it, or leave {option} out"
+        )
     if args.skip_steps and not args.rewind_steps:
         raise UserError(
             f"--skip-steps {args.skip_steps}: is what a rewind skips, and --rewind-steps is 0; add it, such as "

@@ -28,12 +28,14 @@ from llama_ds.command_line import (
     check_file,
     check_folder,
     delay,
+    given,
     new_parser,
     real,
     run,
     seconds,
     subcommands,
 )
+from llama_ds.config.declare import MOST_TOKENS
 from llama_ds.config.reader import integer
 from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
@@ -68,7 +70,6 @@ EXAMPLES = """examples:
       --gpu a100-80gb a100-40gb --cross-validate
 """
 MOST = 10**6  # GPUs, and other counts
-MOST_TOKENS = 10**16  # as in run files
 RATE = real(1e-3, 1e9)  # tokens/s of a GPU
 # Options of the commands cost and goodput that only some of their questions use.
 _OF_A_RUN = ("model", "gpus", "tokens", "tokens_per_second")
@@ -345,11 +346,9 @@ def plan_fit(args: argparse.Namespace) -> Answer:
 
 def _refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
     """Raise UserError for the first of these options that is given, because it has no effect."""
-    for name in names:
-        value = getattr(args, name)
-        if value != args.default_of(name):
-            fix = "add that or leave it out" if where.startswith("without") else "leave one of them out"
-            raise UserError(f"command line: --{name.replace('_', '-')} {value} has no effect {where}; {fix}")
+    for option in given(args, names):
+        fix = "add that or leave it out" if where.startswith("without") else "leave one of them out"
+        raise UserError(f"command line: {option} has no effect {where}; {fix}")
 
 
 def _add_machine_options(command: argparse.ArgumentParser) -> None:

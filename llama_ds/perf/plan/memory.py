@@ -252,7 +252,7 @@ def _layer_working(job: StepJob, again: bool) -> float:
 def layer_activations(job: StepJob, policy: str) -> float:
     """Return the bytes that one layer saves for one micro-batch."""
     numbers = float(job.tokens) * job.model.hidden_size
-    own = numbers / job.tp if job.sequence_parallel else numbers
+    own = _own_numbers(job)
     if policy == OP:  # input and output, q and v, attention output, gate
         heads = 2 + job.model.num_key_value_heads / job.model.num_attention_heads
         inner = float(job.tokens) * job.model.intermediate_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
@@ -86,12 +86,8 @@ def fits(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> Fits | None:
 
 def assumptions(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> dict[str, int]:
     """Return what is assumed because rows do not state it, and for how many of those that are compared."""
-    found: dict[str, int] = defaultdict(int)
-    for row in rows:
-        if row.job is not None and row.gpu in machines:
-            for text in row.assumed:
-                found[text] += 1
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    compared = (row for row in rows if row.job is not None and row.gpu in machines)
+    return dict(Counter(text for row in compared for text in row.assumed).most_common())
 
 
 def predict(row: Row, gpu: Hardware) -> float:
