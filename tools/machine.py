@@ -12,14 +12,25 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.command_line import check_file, end_on_interrupt
+from llama_ds.command_line import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
 
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_results, new_parser, port, real, run, seconds, subcommands, whole
+from llama_ds.command_line import (
+    Answer,
+    add_results,
+    check_file,
+    new_parser,
+    port,
+    real,
+    run,
+    seconds,
+    subcommands,
+    whole,
+)
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError

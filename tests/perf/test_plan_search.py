@@ -167,8 +167,8 @@ def test_the_bound_is_below_the_simulated_time() -> None:
 
 @pytest.mark.slow
 def test_the_trainer_accepts_the_written_files(found: SearchResult, tmp_path: Path) -> None:
-    for item in (found.best[0], *found.of_kind.values()):
-        yaml_path, json_path = write(item.run, tmp_path / "planned")
+    for number, item in enumerate((found.best[0], *found.of_kind.values())):
+        yaml_path, json_path = write(item.run, tmp_path / str(number))
         run = load_run(str(yaml_path))
         assert run.deepspeed_path == str(json_path)
         assert (run.parallel, run.training, run.model) == (item.run.parallel, item.run.training, item.run.model)
