@@ -2,78 +2,133 @@
 
 Shapes as in `llama_ds.model.attention_kernels`. Internally the R = H / G query heads of a key-value head are rows of
 one matrix, (B G, T R, K), so no key is repeated. Blocks above the diagonal are skipped, and a block of scores is freed
-before the next one is computed, so the full attention matrix never exists. Arithmetic is in float32 or wider.
+before the next one is computed, so the full attention matrix never exists. Arithmetic is in float32 or wider; products
+of bfloat16 inputs may round their factors to bfloat16 (`cpu_products.rounded_products`).
+
+Scores are in units of log2(e), so that softmax takes exp2: torch's exp takes 7 x as long for -inf as for other numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries or keys per block
-# With oneDNN products (`cpu_products`), rows up to this length take 0.4 to 0.8 of the time of torch's kernel in float32
-# and bfloat16; rows of 1024 tokens take as long. With MKL's products there is no gain: 0.7 to 1.1.
-MAX_ROW_TOKENS = 512
+from llama_ds.model.cpu_products import onednn_multiplies, rounded_products
+
+LOG2_E = 1 / math.log(2)
+MAX_ROW_TOKENS = 512  # longer rows take as long as in torch's kernel, or longer
+MIN_HEAD_DIM = 128  # with MKL's products in float32
+
+
+def blocks_pay(q: Tensor) -> bool:
+    """Return whether forward and backward of queries q on a CPU take less time than in torch's kernel.
+
+    Short rows take 0.4 to 0.8 of its time with oneDNN's products on AMD processors, in float32 and bfloat16. With MKL's
+    in float32 heads of 128 take 0.7 to 0.9, smaller ones 0.9 to 1.5. In bfloat16 a backward takes 0.5 to 0.75 on Intel
+    processors with AMX, forward and backward 0.3 to 0.8 on those without.
+    """
+    narrow = q.element_size() < 4
+    return q.shape[1] <= MAX_ROW_TOKENS and (narrow or onednn_multiplies() or q.shape[-1] >= MIN_HEAD_DIM)
 
 
 def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return out (B, T, H, K) and the scores' logsumexp (B G, T R, 1); `bias` (B, 1, T, T) is added to the scores.
+    """Return out (B, T, H, K) and the scores' logsumexp (B, H, T); `bias` (B, 1, T, T), 0 or -inf, is added to them.
 
     Each block of queries multiplies the keys up to its end. `bias` also masks later keys; None masks only those.
     """
-    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
-    queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(*queries.shape[:2], 1, dtype=queries.dtype)
-    for start, end in _blocks(q.shape[1]):
-        rows = slice(start * repeats, end * repeats)
-        scores = torch.bmm(queries[:, rows], keys[:, :end].contiguous().transpose(1, 2))
-        _mask(scores, repeats, start, 0, bias)
-        top = scores.amax(-1, keepdim=True)
-        total = scores.sub_(top).exp_().sum(-1, keepdim=True)
-        torch.add(top, total.log(), out=lse[:, rows])
-        part = _grouped(out, groups)[:, :, start:end]
-        part.copy_(torch.bmm(scores, values[:, :end]).div_(total).view(part.shape))
-    return out, lse
+    blocks = _blocks(q.shape[1])
+    with rounded_products(q.dtype):
+        return _forward(q, k, v, bias, blocks)
 
 
 def blocked_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dL/dq, dL/dk, dL/dv) for grad = dL/dout: one block of keys at a time, with all queries from its start.
+    """Return (dL/dq, dL/dk, dL/dv) for grad = dL/dout and the forward's logsumexp (B, H, T).
 
-    The gradients of a block's keys are final at once; only those of the queries are accumulated.
+    It takes one block of keys at a time, with all queries from its start. The gradients of a block's keys are final at
+    once; only those of the queries are accumulated.
     """
+    blocks = _blocks(q.shape[1])
+    with rounded_products(q.dtype):
+        return _backward(grad, q, k, v, out, lse, bias, blocks)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, blocks: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    queries, keys, values = (_by_group(x, groups) for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(*queries.shape[:2], 1, dtype=queries.dtype)
+    for start, end in blocks:
+        rows = slice(start * repeats, end * repeats)
+        scores = queries.new_empty(len(queries), (end - start) * repeats, end)
+        _products(queries[:, rows], keys[:, :end].contiguous(), scores)
+        _mask(scores, repeats, start, 0, bias)
+        top = scores.amax(-1, keepdim=True)
+        total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+        torch.add(top, total.log2(), out=lse[:, rows])
+        part = _grouped(out, groups)[:, :, start:end]
+        part.copy_(torch.bmm(scores, values[:, :end]).div_(total).view(part.shape))
+    by_head = lse.view(len(q), groups, q.shape[1], repeats).transpose(2, 3).flatten(1, 2)
+    return out, by_head.div_(LOG2_E)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    blocks: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor, Tensor]:
     length, groups, repeats = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
-    queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)
-    grads = _by_group(grad, groups)
+    queries, keys, values, grads = (_by_group(x, groups) for x in (q, k, v, grad))
+    lse = (lse.unflatten(1, (groups, repeats)).transpose(2, 3) * LOG2_E).reshape(*queries.shape[:2], 1)
     inner = (grads * _by_group(out, groups)).sum(-1, keepdim=True)  # rowsum(dO * O)
     grad_q, grad_k, grad_v = torch.zeros_like(queries), torch.empty_like(keys), torch.empty_like(values)
-    for start, end in _blocks(length):
+    # Reused by all blocks: in cold memory a product takes 1.6 x the time.
+    memory = queries.new_empty(2, queries.shape[0] * queries.shape[1] * blocks[0][1])
+    for start, end in blocks:
         rows, block = slice(start * repeats, None), slice(start, end)
-        own_q, own_grads = queries[:, rows].contiguous(), grads[:, rows].contiguous()
-        p = torch.bmm(own_q, keys[:, block].transpose(1, 2))
+        own_q, own_grads, own_k, own_v = (
+            x.contiguous() for x in (queries[:, rows], grads[:, rows], keys[:, block], values[:, block])
+        )
+        p, grad_s = memory[:, : own_q.shape[0] * own_q.shape[1] * (end - start)].view(2, *own_q.shape[:2], end - start)
+        _products(own_q, own_k, p)
         _mask(p, repeats, start, start, bias)
-        p.sub_(lse[:, rows]).exp_()
-        grad_v[:, block] = torch.bmm(p.transpose(1, 2), own_grads)
-        grad_s = torch.bmm(own_grads, values[:, block].transpose(1, 2)).sub_(inner[:, rows]).mul_(p)
-        grad_k[:, block] = torch.bmm(grad_s.transpose(1, 2), own_q)  # queries are already scaled
-        grad_q[:, rows] += torch.bmm(grad_s, keys[:, block])
+        p.sub_(lse[:, rows]).exp2_()
+        torch.bmm(p.transpose(1, 2), own_grads, out=grad_v[:, block])
+        torch.bmm(own_grads, own_v.transpose(1, 2), out=grad_s).sub_(inner[:, rows]).mul_(p)
+        torch.bmm(grad_s.transpose(1, 2), own_q, out=grad_k[:, block])
+        grad_q[:, rows].baddbmm_(grad_s, own_k)
+    scale = 1 / math.sqrt(q.shape[-1])
     scaled_grad_q = torch.empty(q.shape, dtype=q.dtype)
-    torch.mul(grad_q.view(_grouped(q, groups).shape), _scale(q), out=_grouped(scaled_grad_q, groups))
-    grad_k, grad_v = (x.view(len(q), groups, length, -1).transpose(1, 2).to(q.dtype) for x in (grad_k, grad_v))
+    torch.mul(grad_q.view(_grouped(q, groups).shape), scale, out=_grouped(scaled_grad_q, groups))
+    grad_k, grad_v = (
+        x.view(len(q), groups, length, -1).transpose(1, 2).to(q.dtype) for x in (grad_k.mul_(scale), grad_v)
+    )
     return scaled_grad_q, grad_k, grad_v
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Return the first token of each block of queries or keys, and the one behind it."""
+    size = 64 if onednn_multiplies() else 128
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scale(q: Tensor) -> float:
-    return 1 / math.sqrt(q.shape[-1])
+def _products(queries: Tensor, keys: Tensor, out: Tensor) -> None:
+    """Write the scores of queries (n, r, K) and keys (n, m, K) to `out` (n, r, m), in units of log2(e).
+
+    The factor is the product's, not the queries': bfloat16 numbers times a factor would be rounded.
+    """
+    out.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=LOG2_E / math.sqrt(queries.shape[-1]))
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -81,14 +136,10 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(2, (groups, -1)).permute(0, 2, 1, 3, 4)
 
 
-def _by_group(x: Tensor, groups: int, factor: float = 1.0) -> Tensor:
-    """Return a copy times `factor`: (B, T, G R, K) -> (B G, T R, K)."""
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """Return a copy in float32 or wider: (B, T, G R, K) -> (B G, T R, K)."""
     view = _grouped(x, groups)
-    copy = torch.empty(view.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    if copy.dtype == x.dtype:
-        torch.mul(view, factor, out=copy)
-    else:  # in two passes: a product of bfloat16 numbers would be rounded to bfloat16
-        copy.copy_(view).mul_(factor)
+    copy = torch.empty(view.shape, dtype=torch.promote_types(x.dtype, torch.float32)).copy_(view)
     return copy.flatten(2, 3).flatten(0, 1)
 
 

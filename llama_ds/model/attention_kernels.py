@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from llama_ds.model.attention import FLASH_4, Documents, flash_module, repeat_heads
-from llama_ds.model.attention_blocks import MAX_ROW_TOKENS, blocked_backward, blocked_forward
+from llama_ds.model.attention_blocks import blocked_backward, blocked_forward, blocks_pay
 from llama_ds.model.attention_torch_flash import TorchFlash, torch_flash_takes
-from llama_ds.model.cpu_products import onednn_multiplies
+from llama_ds.model.cpu_products import rounds_natively
 
 Statistics = tuple[Tensor, ...]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -112,7 +112,9 @@ class _Sdpa:
     def _kernel(q: Tensor) -> AttentionKernel:
         if q.is_cuda:
             return TorchFlash() if torch_flash_takes(q) else _EfficientCuda()
-        return BlockedAttention() if q.shape[1] <= MAX_ROW_TOKENS and onednn_multiplies() else _SdpaCpu()
+        if not blocks_pay(q):
+            return _SdpaCpu()
+        return BlockedBackward() if q.dtype == torch.bfloat16 and rounds_natively() else BlockedAttention()
 
 
 class BlockedAttention:
@@ -160,6 +162,15 @@ class _SdpaCpu(_Backend):
         )
         grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
         return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
+
+
+class BlockedBackward(_SdpaCpu):
+    """torch's forward, which multiplies bfloat16 by AMX, with the blockwise backward: torch's multiplies in float32."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        return blocked_backward(grad, q, k, v, out, statistics[0], _bias(docs, q))
 
 
 class _EfficientCuda(_Backend):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,6 +53,34 @@ def small_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
+
+
+@cache
+def rounds_natively() -> bool:
+    """Return whether oneDNN rounds factors to bfloat16 where that is allowed: this processor has AMX."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
+    try:
+        return not exact()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def rounded_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let products of float32 matrices inside round their factors to bfloat16, where `dtype` is it and AMX is here.
+
+    Sums are in float32, as in flash attention on a GPU. It takes 0.3 to 0.7 of the time of MKL's products.
+    """
+    if dtype != torch.bfloat16 or not rounds_natively():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def exact(multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.errors import UserError
-from llama_ds.model import attention
+from llama_ds.model import attention, cpu_products
 from llama_ds.model.attention import CausalAttention, Documents, choose_backend
-from llama_ds.model.attention_kernels import AttentionKernel, BlockedAttention, attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, BlockedAttention, BlockedBackward, attention_kernel
 from llama_ds.model.embedding import document_starts
 from tests.cuda_backends import CUDA_BACKENDS
 
@@ -69,21 +70,38 @@ def test_manual_backward_kernels_are_the_reference_on_rows_of_any_length(
     """Rows shorter than a block, of several full blocks, and with a partial last block; float64 to 1e-11."""
     qkv, grad, documents = kernel_inputs(length, groups, masked)
     wanted = run_kernel(attention_kernel("reference"), qkv, grad, documents)
-    for kernel in (attention_kernel("sdpa"), BlockedAttention()):
+    for kernel in (attention_kernel("sdpa"), BlockedAttention(), BlockedBackward()):
         for got, want in zip(run_kernel(kernel, qkv, grad, documents), wanted, strict=True):
             torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_of_bfloat16_round_only_what_goes_in_and_out(masked: bool) -> None:
-    """Internally they compute in float32: each result has its own rounding error (at most 2^-9) and that of `out`."""
+@pytest.mark.parametrize("kernel", [BlockedAttention, BlockedBackward])
+def test_blocks_of_bfloat16_sum_in_float32(
+    kernel: Callable[[], AttentionKernel], masked: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each result has its own rounding error (at most 2^-9), and those of `out` and, with AMX, of the probabilities."""
+    monkeypatch.setattr(cpu_products, "rounds_natively", lambda: amx)
     qkv, grad, documents = kernel_inputs(200, 2, masked)
     narrow, narrow_grad = [x.bfloat16() for x in qkv], grad.bfloat16()
     exactly = [x.double() for x in narrow]
     wanted = run_kernel(attention_kernel("reference"), exactly, narrow_grad.double(), documents)
-    for got, want in zip(run_kernel(BlockedAttention(), narrow, narrow_grad, documents), wanted, strict=True):
+    before = torch.get_float32_matmul_precision()
+    for got, want in zip(run_kernel(kernel(), narrow, narrow_grad, documents), wanted, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.double() - want).norm() <= 2**-8 * want.norm()
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_large_scores_are_as_exact_as_small_ones() -> None:
+    """Queries times the scale of the scores would be rounded to bfloat16 again: gradients would be off by 2^-5."""
+    (q, k, v), grad, _ = kernel_inputs(200, 2, False)
+    narrow, narrow_grad = [(12 * q).bfloat16(), k.bfloat16(), v.bfloat16()], grad.bfloat16()
+    exactly = [x.double() for x in narrow]
+    wanted = run_kernel(attention_kernel("reference"), exactly, narrow_grad.double(), None)
+    for got, want in zip(run_kernel(attention_kernel("sdpa"), narrow, narrow_grad, None), wanted, strict=True):
+        assert (got.double() - want).norm() <= 2**-6 * want.norm()
 
 
 @pytest.mark.gpu

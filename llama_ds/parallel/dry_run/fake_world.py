@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_ds.model import fp8, fp8_delayed, loss, pointwise, weight_gradients
+from llama_ds.model import attention_kernels, fp8, fp8_delayed, loss, pointwise, weight_gradients
 from llama_ds.parallel.dry_run.ledger import Ledger, within
 from llama_ds.parallel.dry_run.memo import Memo
 from llama_ds.parallel.lean_imports import leave_out_compiler
@@ -98,6 +98,7 @@ def _answers(backend: str, ledger: Ledger) -> Iterator[tuple[Any, str, Any]]:
     # Functions that are one kernel on CUDA and several operations with temporaries on a CPU.
     for module in (fp8, fp8_delayed, loss, pointwise):
         yield module, "compiled_for", lambda x, function: within(ledger.fused, function)
+    yield attention_kernels, "blocks_pay", lambda q: False  # attention is one kernel, too
     yield weight_gradients, "add_product", within(ledger.fused, weight_gradients.add_product)
     yield loss, "add_product", within(ledger.fused, loss.add_product)
     # Head and loss compute their gradients in the forward; the memory plan counts them as working memory.
