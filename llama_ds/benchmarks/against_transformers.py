@@ -124,6 +124,9 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str, compiled: bool = F
     context = layer_context(run, SingleRank(), "cpu", dtype)
     policies = [run.parallel.recompute] * run.model.num_hidden_layers
     ours = Llama(context, NextTokenLoss(context.tp), policies).to(dtype)
+    for layer in ours.layers:
+        if isinstance(layer, ManualBackwardLayer):
+            layer.lay_weights_together()  # as in DeepSpeed's flat buffers; the conversion parted them
 
     def theirs(fused: bool | None, compiled: bool = False) -> Step:
         model = transformers_model(run, ours, dtype)
