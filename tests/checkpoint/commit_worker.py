@@ -91,7 +91,7 @@ def perform(trial: Trial) -> Outcome:
         deadline, begun = time.monotonic() + HANG_S, False
         while living:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not ready or (begun and time.monotonic() >= deadline):  # also while ranks go on reporting
                 outcome.hung = not begun
                 kill(living)
                 deadline = time.monotonic() + HANG_S

@@ -180,7 +180,7 @@ def test_kills_at_random_times_lose_nothing(perform: Perform, tokenizer: str, wo
     left: Counter[str] = Counter()
     for number in range(RANDOM_KILLS):
         folder, after_s = workspace / str(number), generator.uniform(0, 0.4)
-        steps = list(range(1, 200))
+        steps = list(range(1, 5_000))  # more than are saved until then, however late this process gets a turn
         trial = Trial(str(folder), 1, steps, tokenizer, (2, 3), large=True, kill_after_s=after_s)
         left.update(kill_and_restart(perform, trial, None) or {"nothing"})
         shutil.rmtree(folder)
