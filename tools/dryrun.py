@@ -25,8 +25,7 @@ if __name__ == "__main__":
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from llama_ds.command_line import Answer, add_json, new_parser, processes, run, size, whole
-from llama_ds.errors import UserError
+from llama_ds.command_line import Answer, add_json, check_folder, new_parser, processes, run, size, whole
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.training.dry_run.run import dry_run
 from llama_ds.training.dry_run.text import as_json, calls_as_json, table
@@ -67,23 +66,15 @@ def parser() -> argparse.ArgumentParser:
 
 def report(args: argparse.Namespace) -> Answer:
     """Simulate the ranks; return the results."""
-    if args.calls and os.path.exists(args.calls) and not os.path.isdir(args.calls):
-        raise UserError(f"--calls {args.calls}: is a file; name a folder")
+    if args.calls is not None:
+        check_folder("--calls", args.calls)
     slots = parse_hostfile(args.hostfile) if args.hostfile is not None else {"this": args.world}
     found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)
-    if args.calls:
-        write_calls(args.calls, {report.rank: calls_as_json(found, report) for report in found.ranks})
+    if args.calls is not None:
+        for report in found.ranks:
+            text = json.dumps(calls_as_json(found, report)) + "\n"
+            Path(args.calls, f"rank{report.rank:05d}.json").write_text(text, encoding="utf-8")
     return Answer(as_json(found), table(found), 0 if found.ok else 1)
-
-
-def write_calls(folder: str, by_rank: dict[int, object]) -> None:
-    """Write FOLDER/rank<N>.json for each rank."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        for rank, calls in by_rank.items():
-            Path(folder, f"rank{rank:05d}.json").write_text(json.dumps(calls) + "\n")
-    except OSError as error:
-        raise UserError(f"--calls {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
 if __name__ == "__main__":

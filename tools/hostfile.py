@@ -19,7 +19,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands, whole
+from llama_ds.command_line import Answer, add_json, check_file, new_parser, run, subcommands, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import hostfile_text, parse_hostfile, select, write_hostfile
@@ -113,11 +113,9 @@ def check(args: argparse.Namespace) -> Answer:
 def show_map(args: argparse.Namespace) -> Answer:
     """Return the rank map and draw it if requested."""
     ranks = _ranks(args)
-    if args.svg:
-        try:
-            Path(args.svg).write_text(rank_map.svg(ranks, f"Ranks on {args.file}"), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{args.svg}: cannot be written: {error.strerror}; name another file") from None
+    if args.svg is not None:
+        check_file("--svg", args.svg)
+        Path(args.svg).write_text(rank_map.svg(ranks, f"Ranks on {args.file}"), encoding="utf-8")
     return Answer([rank.as_data() for rank in ranks], rank_map.table(ranks, args.every_host))
 
 

@@ -21,11 +21,21 @@ if __name__ == "__main__":
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.child_processes import run_child
-from llama_ds.command_line import Answer, add_json, add_results, new_parser, port, run, subcommands, whole
+from llama_ds.command_line import (
+    Answer,
+    add_json,
+    add_results,
+    check_file,
+    check_folder,
+    new_parser,
+    port,
+    run,
+    subcommands,
+    whole,
+)
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
-from llama_ds.errors import UserError
 from llama_ds.launch.command import LAUNCHERS
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
 from llama_ds.layout.layout import model_axes, resolve_layout
@@ -116,6 +126,9 @@ def record(args: argparse.Namespace) -> Answer | int:
     ranks = choose_ranks(args.ranks, layout, "--ranks")
     overrides = [*args.overrides, *recording_overrides(wanted, str(out), args.warmup, args.steps, ranks)]
     load_run(args.run, overrides)
+    check_folder("--out", str(out))
+    if args.svg is not None:
+        check_file("--svg", args.svg)
     command = _launch_command(args, overrides, _hostfile_in(out, args.hostfile, hosts))
     done = run_child(command, GRACE_S, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     if done.returncode:
@@ -141,13 +154,9 @@ def _local_ranks(args: argparse.Namespace, wanted: RunConfig, environment: dict[
 
 
 def _hostfile_in(out: Path, given: str | None, hosts: dict[str, int]) -> str:
-    """Create the output folder; return the job's hostfile."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not given:
-            write_hostfile(str(out / "hostfile"), hosts)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a writable folder") from None
+    """Return the job's hostfile: the one given, or a new one in the output folder."""
+    if not given:
+        write_hostfile(str(out / "hostfile"), hosts)
     return given or str(out / "hostfile")
 
 
@@ -164,6 +173,8 @@ def analyse(args: argparse.Namespace) -> Answer:
     from llama_ds.perf.trace.report import as_json, report, table
 
     limits = [parse_limit(text, METRICS) for text in args.fail_if]
+    if args.svg is not None:
+        check_file("--svg", args.svg)
     found = {folder: analyse_folder(folder) for folder in args.folders}
     paths = [f"trace of all ranks, for ui.perfetto.dev: {merge(folder)}" for folder in args.folders if args.merge]
     _draw(args.svg, args.folders[0])
@@ -176,7 +187,7 @@ def _draw(path: str | None, folder: str) -> None:
     from llama_ds.perf.trace.picture import picture
     from llama_ds.perf.trace.read import read, shown
 
-    if path:
+    if path is not None:
         save_text(path, picture(read(folder, shown(folder)), folder))
 
 

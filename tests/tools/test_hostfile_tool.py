@@ -119,7 +119,7 @@ def test_selected_hosts_are_a_hostfile_or_a_list_of_slots(tmp_path: Path) -> Non
             ["map", "hostfiles/2x8", "--run", "ds_configs/llama_7b.yaml", "--tp", 2],
             "command line: --pp and --tp conflict with --run",
         ),
-        (["map", "hostfiles/2x8", "--svg", "gone/x.svg"], "gone/x.svg: cannot be written: No such file or directory"),
+        (["map", "hostfiles/2x8", "--svg", "setup.py/x.svg"], "--svg setup.py/x.svg: cannot be written (File exists)"),
         (
             ["select", "hostfiles/2x8", "--include", "node001:1"],
             "hostfiles/2x8: slots 1 of node001 are not its first 1",

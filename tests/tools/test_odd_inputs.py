@@ -90,13 +90,21 @@ def test_an_output_that_cannot_be_written_is_one_line(odd: list[str], capsys: py
 
 def test_the_file_of_results_is_checked_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A benchmark takes minutes, and an --out that cannot be written would lose them. The check leaves no file."""
-    from tools import benchmark
+    from tools import benchmark, hostfile, profile_run
 
     (tmp_path / "file").touch()
     for out, error in (("file/x", "error: --out"), ("new/x", "error: no.yaml: ")):
         assert benchmark.main(["data", "--run", "no.yaml", "--out", str(tmp_path / out)]) == 2
         assert capsys.readouterr().err.startswith(error)
     assert not (tmp_path / "new" / "x").exists()
+    for tool, option, *words in (
+        (profile_run, "--out", "record", "ds_configs/quickstart.yaml"),
+        (profile_run, "--svg", "record", "ds_configs/quickstart.yaml", "--out", str(tmp_path / "new")),
+        (profile_run, "--svg", "analyse", "no-folder"),
+        (hostfile, "--svg", "map", "hostfiles/2x8"),
+    ):
+        assert tool.main([*words, option, str(tmp_path / "file" / "x")]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {option} {tmp_path / 'file' / 'x'}: cannot be written")
 
 
 VALUES = st.sampled_from([None, -1, 0, 1.5, "x", "", [], {}, 10**30, float("nan"), True, [None], {"a": 1}, -(10**30)])

@@ -206,7 +206,7 @@ def test_layers_on_their_way_in_bf16_are_counted(neighbours: int, run_file: Path
         (["--world", "0"], ["--world: '0' is not a whole number from 1 to 1000000"]),
         (["--world", "8", "--jobs", "0"], ["--jobs: '0' is not a whole number from 1"]),
         (["--world", "8", "--device-gib", "nan"], ["--device-gib: 'nan' is not a finite number above 0"]),
-        (["--world", "8", "--calls", __file__], ["--calls", "name a folder"]),
+        (["--world", "8", "--calls", __file__], ["--calls", "name another folder"]),
         (["--world", "8", "parallel.recompute=auto"], ["parallel.recompute = auto", "--device-gib 80"]),
         (["--world", "8", "parallel.pp=2", "parallel.schedule=deepspeed"], ["schedule = deepspeed", "use"]),
         (
