@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_ds import log, shipped
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, is_out_of_memory
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
 INTERRUPTED = 128 + signal.SIGINT
@@ -252,6 +252,10 @@ def _result(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
             raise
         place = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {place}{error.strerror}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: memory is not enough: {' '.join(str(error).split())}; give smaller sizes", file=sys.stderr)
     return UserError.EXIT_CODE
 
 

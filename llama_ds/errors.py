@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -47,6 +48,15 @@ class OutOfMemory(UserError):
     def __init__(self, text: str, first_step: bool) -> None:
         super().__init__(text)
         self.kind = "mistake" if first_step else "failure"
+
+
+# CUDA's allocator and NCCL, and torch's allocator for a CPU.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an allocation failed: Python's or numpy's, or one of torch, which raises a RuntimeError."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
 class NotJoined(UserError):

@@ -12,7 +12,7 @@ import torch
 
 from llama_ds.config.recompute import GIB
 from llama_ds.config.schema import RunConfig
-from llama_ds.errors import OutOfMemory
+from llama_ds.errors import OutOfMemory, is_out_of_memory
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import ELEMENT_BYTES
@@ -23,9 +23,7 @@ from llama_ds.training.meter import peak_memory
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
 _AMOUNT = r"(\d+(?:\.\d+)?) (bytes|[KMGTP]iB)"
-# CUDA's allocator and NCCL, and torch's allocator for a CPU.
-_FAILED = re.compile(r"out of memory|can't allocate memory")
-_WANTED = re.compile(rf"allocate {_AMOUNT}")  # these, and numpy
+_WANTED = re.compile(rf"allocate {_AMOUNT}")  # torch's allocators and numpy
 _FRAGMENTED = re.compile(rf"{_AMOUNT} is reserved by PyTorch but unallocated")
 
 
@@ -51,7 +49,7 @@ class MemoryExplainer:
         try:
             yield
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
-            if not isinstance(error, MemoryError) and not _FAILED.search(str(error)):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(self.message(str(error)), self._first) from error
 

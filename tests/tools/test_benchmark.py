@@ -107,6 +107,7 @@ def test_impossible_numbers_are_one_line_and_exit_2() -> None:
         (("step", "--run", "no.yaml"), "no.yaml"),
         (("step", "model.hidde=3"), "hidde"),
         (("layer", "--tp", 3), "--tp 3 does not divide"),
+        (("layer", "--batch", 10**12), "memory is not enough: "),
         (("layer", "--tp", 2, "--fp8"), "model.intermediate_size / tp = 344 is not a multiple of 16"),
     ):
         done = benchmark(*args)
