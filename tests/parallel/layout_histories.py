@@ -86,5 +86,9 @@ def check_equals_plain(case: Case, trained: History, tolerance: tuple[float, flo
 
 
 def near(wanted: float, tolerance: float, spread: float) -> Any:
-    """Return what equals `wanted` within a relative tolerance and twice what it depends on a rounding."""
-    return pytest.approx(wanted, abs=tolerance * wanted + 2 * spread)
+    """Return what equals `wanted` within a relative tolerance and four times what it depends on a rounding.
+
+    `spread` is the largest of six changes; of 24 the largest loss changed by twice as much, and a layout rounds all
+    activations otherwise, not only the first weights.
+    """
+    return pytest.approx(wanted, abs=tolerance * wanted + 4 * spread)
