@@ -9,7 +9,7 @@ are as exact as MKL's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -37,46 +37,35 @@ def onednn_multiplies() -> bool:
     return torch.get_float32_matmul_precision() == _ROUNDING_ALLOWED
 
 
-@contextmanager
-def small_products() -> Iterator[None]:
+def small_products() -> AbstractContextManager[None]:
     """Let MKL multiply inside, even if oneDNN was selected, which has a high cost for each product.
 
     MKL takes 0.6 x the time for a row and a matrix in the cache. Torch's attention multiplies small blocks: MKL takes
     0.1 x the time for single tokens, 0.2 x for rows of 80, 0.8 x for 256, and as long for 1024. For a matrix and two
     rows or more oneDNN is faster.
     """
-    if not onednn_multiplies():
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
+    return _precision("highest") if onednn_multiplies() else nullcontext()
 
 
 @cache
 def rounds_natively() -> bool:
     """Return whether oneDNN rounds factors to bfloat16 where that is allowed: this processor has AMX."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
-    try:
+    with _precision(_ROUNDING_ALLOWED):
         return not exact()
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def rounded_products(dtype: torch.dtype) -> Iterator[None]:
+def rounded_products(dtype: torch.dtype) -> AbstractContextManager[None]:
     """Let products of float32 matrices inside round their factors to bfloat16, where `dtype` is it and AMX is here.
 
     Sums are in float32, as in flash attention on a GPU. It takes 0.3 to 0.7 of the time of MKL's products.
     """
-    if dtype != torch.bfloat16 or not rounds_natively():
-        yield
-        return
+    return _precision(_ROUNDING_ALLOWED) if dtype == torch.bfloat16 and rounds_natively() else nullcontext()
+
+
+@contextmanager
+def _precision(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
