@@ -71,9 +71,9 @@ def report(args: argparse.Namespace) -> Answer:
     slots = parse_hostfile(args.hostfile) if args.hostfile is not None else {"this": args.world}
     found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)
     if args.calls is not None:
-        for report in found.ranks:
-            text = json.dumps(calls_as_json(found, report)) + "\n"
-            Path(args.calls, f"rank{report.rank:05d}.json").write_text(text, encoding="utf-8")
+        for rank in found.ranks:
+            text = json.dumps(calls_as_json(found, rank)) + "\n"
+            Path(args.calls, f"rank{rank.rank:05d}.json").write_text(text, encoding="utf-8")
     return Answer(as_json(found), table(found), 0 if found.ok else 1)
 
 

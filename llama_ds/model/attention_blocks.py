@@ -11,7 +11,6 @@ Scores are in units of log2(e), so that softmax takes exp2: torch's exp takes 7 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,8 +39,23 @@ def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tup
     Each block of queries multiplies the keys up to its end. `bias` also masks later keys; None masks only those.
     """
     blocks = _blocks(q.shape[1])
+    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
+    queries, keys, values = (_by_group(x, groups) for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(*queries.shape[:2], 1, dtype=queries.dtype)
     with rounded_products(q.dtype):
-        return _forward(q, k, v, bias, blocks)
+        for start, end in blocks:
+            rows = slice(start * repeats, end * repeats)
+            scores = queries.new_empty(len(queries), (end - start) * repeats, end)
+            _products(queries[:, rows], keys[:, :end].contiguous(), scores)
+            _mask(scores, repeats, start, 0, bias)
+            top = scores.amax(-1, keepdim=True)
+            total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+            torch.add(top, total.log2(), out=lse[:, rows])
+            part = _grouped(out, groups)[:, :, start:end]
+            part.copy_(torch.bmm(scores, values[:, :end]).div_(total).view(part.shape))
+    by_head = lse.view(len(q), groups, q.shape[1], repeats).transpose(2, 3).flatten(1, 2)
+    return out, by_head.div_(LOG2_E)
 
 
 def blocked_backward(
@@ -52,62 +66,29 @@ def blocked_backward(
     It takes one block of keys at a time, with all queries from its start. The gradients of a block's keys are final at
     once; only those of the queries are accumulated.
     """
-    blocks = _blocks(q.shape[1])
-    with rounded_products(q.dtype):
-        return _backward(grad, q, k, v, out, lse, bias, blocks)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, blocks: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
-    queries, keys, values = (_by_group(x, groups) for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(*queries.shape[:2], 1, dtype=queries.dtype)
-    for start, end in blocks:
-        rows = slice(start * repeats, end * repeats)
-        scores = queries.new_empty(len(queries), (end - start) * repeats, end)
-        _products(queries[:, rows], keys[:, :end].contiguous(), scores)
-        _mask(scores, repeats, start, 0, bias)
-        top = scores.amax(-1, keepdim=True)
-        total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
-        torch.add(top, total.log2(), out=lse[:, rows])
-        part = _grouped(out, groups)[:, :, start:end]
-        part.copy_(torch.bmm(scores, values[:, :end]).div_(total).view(part.shape))
-    by_head = lse.view(len(q), groups, q.shape[1], repeats).transpose(2, 3).flatten(1, 2)
-    return out, by_head.div_(LOG2_E)
-
-
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    blocks: Sequence[tuple[int, int]],
-) -> tuple[Tensor, Tensor, Tensor]:
     length, groups, repeats = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
+    blocks = _blocks(length)
     queries, keys, values, grads = (_by_group(x, groups) for x in (q, k, v, grad))
     lse = (lse.unflatten(1, (groups, repeats)).transpose(2, 3) * LOG2_E).reshape(*queries.shape[:2], 1)
     inner = (grads * _by_group(out, groups)).sum(-1, keepdim=True)  # rowsum(dO * O)
     grad_q, grad_k, grad_v = torch.zeros_like(queries), torch.empty_like(keys), torch.empty_like(values)
     # Reused by all blocks: in cold memory a product takes 1.6 x the time.
     memory = queries.new_empty(2, queries.shape[0] * queries.shape[1] * blocks[0][1])
-    for start, end in blocks:
-        rows, block = slice(start * repeats, None), slice(start, end)
-        own_q, own_grads, own_k, own_v = (
-            x.contiguous() for x in (queries[:, rows], grads[:, rows], keys[:, block], values[:, block])
-        )
-        p, grad_s = memory[:, : own_q.shape[0] * own_q.shape[1] * (end - start)].view(2, *own_q.shape[:2], end - start)
-        _products(own_q, own_k, p)
-        _mask(p, repeats, start, start, bias)
-        p.sub_(lse[:, rows]).exp2_()
-        torch.bmm(p.transpose(1, 2), own_grads, out=grad_v[:, block])
-        torch.bmm(own_grads, own_v.transpose(1, 2), out=grad_s).sub_(inner[:, rows]).mul_(p)
-        torch.bmm(grad_s.transpose(1, 2), own_q, out=grad_k[:, block])
-        grad_q[:, rows].baddbmm_(grad_s, own_k)
+    with rounded_products(q.dtype):
+        for start, end in blocks:
+            rows, block = slice(start * repeats, None), slice(start, end)
+            own_q, own_grads, own_k, own_v = (
+                x.contiguous() for x in (queries[:, rows], grads[:, rows], keys[:, block], values[:, block])
+            )
+            shape = 2, *own_q.shape[:2], end - start
+            p, grad_s = memory[:, : math.prod(shape) // 2].view(shape)
+            _products(own_q, own_k, p)
+            _mask(p, repeats, start, start, bias)
+            p.sub_(lse[:, rows]).exp2_()
+            torch.bmm(p.transpose(1, 2), own_grads, out=grad_v[:, block])
+            torch.bmm(own_grads, own_v.transpose(1, 2), out=grad_s).sub_(inner[:, rows]).mul_(p)
+            torch.bmm(grad_s.transpose(1, 2), own_q, out=grad_k[:, block])
+            grad_q[:, rows].baddbmm_(grad_s, own_k)
     scale = 1 / math.sqrt(q.shape[-1])
     scaled_grad_q = torch.empty(q.shape, dtype=q.dtype)
     torch.mul(grad_q.view(_grouped(q, groups).shape), scale, out=_grouped(scaled_grad_q, groups))
@@ -118,7 +99,10 @@ def _backward(
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """Return the first token of each block of queries or keys, and the one behind it."""
+    """Return the first token of each block of queries or keys, and the one behind it.
+
+    Outside of `rounded_products`, inside which oneDNN multiplies also where it was not selected.
+    """
     size = 64 if onednn_multiplies() else 128
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 

@@ -130,6 +130,13 @@ class BlockedAttention:
         return blocked_backward(grad, q, k, v, out, statistics[0], _bias(docs, q))
 
 
+class BlockedBackward(BlockedAttention):
+    """torch's forward, which multiplies bfloat16 by AMX, with the blockwise backward: torch's multiplies in float32."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        return _SdpaCpu().forward(q, k, v, documents)
+
+
 class _Backend:
     """A kernel that also computes a block of attention in which every query sees every key."""
 
@@ -162,15 +169,6 @@ class _SdpaCpu(_Backend):
         )
         grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
         return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
-
-
-class BlockedBackward(_SdpaCpu):
-    """torch's forward, which multiplies bfloat16 by AMX, with the blockwise backward: torch's multiplies in float32."""
-
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
-    ) -> Gradients:
-        return blocked_backward(grad, q, k, v, out, statistics[0], _bias(docs, q))
 
 
 class _EfficientCuda(_Backend):

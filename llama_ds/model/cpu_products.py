@@ -24,12 +24,8 @@ _TOLERANCE = 1e-5  # float32 error of a sum of 64 products of size 1; bfloat16 r
 
 def choose_products() -> None:
     """Use oneDNN for float32 products in this process if it is faster and equally exact."""
-    if cpu_vendor() not in _SLOW_IN_MKL:
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
-    if not exact():
-        torch.set_float32_matmul_precision(before)
+    if cpu_vendor() in _SLOW_IN_MKL and not rounds_natively():
+        torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
 
 
 def onednn_multiplies() -> bool:

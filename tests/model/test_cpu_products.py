@@ -14,7 +14,9 @@ from llama_ds.model import cpu_products
 def default_precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    cpu_products.rounds_natively.cache_clear()
     yield
+    cpu_products.rounds_natively.cache_clear()
     torch.set_float32_matmul_precision(before)
 
 
