@@ -54,6 +54,7 @@ from llama_ds.perf.plan.program_options import (
 from llama_ds.perf.plan.row_programs import program_of
 from llama_ds.perf.plan.rows import KINDS, Row, read_rows, stages_of
 from llama_ds.perf.plan.step import step_time
+from llama_ds.perf.plan.tables import errors
 from llama_ds.perf.plan.validate import (
     Checked,
     assumptions,
@@ -227,6 +228,9 @@ def test_it_is_said_what_rows_leave_open(tmp_path: Path) -> None:
     kernels = "attention by FlashAttention-2", "norms by operations", "gradients reduced behind the last backward"
     assert rows[1].assumed == (*words, "the network of the machine's description", *kernels)
     assert assumptions([*rows, rows[1]], MACHINES) == dict.fromkeys(rows[1].assumed, 2)
+    data, text = errors(check(rows, MACHINES)[0], {}, {}, None, each=False)
+    stated = data["overall"]["these, but for unstated networks"]
+    assert (data["overall"]["all A100 | time"]["rows"], stated["rows"]) == (3, 2) and "unstated networks" in text
 
 
 def test_norms_by_operations_and_scores_take_time_and_memory(tmp_path: Path) -> None:

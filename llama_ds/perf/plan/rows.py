@@ -27,6 +27,7 @@ KINDS = (
     "peak_mem_gib",
 )
 OUT_OF_MEMORY = "OOM"  # in place of a value
+ASSUMED_NETWORK = "the network of the machine's description"
 _LAYOUT = ("hidden", "layers", "seq_len", "n_gpus", "tp", "pp", "dp", "micro_batch", "global_batch_seqs")
 
 # Links of a source's machines, GB/s in one direction: bus bandwidth within a node if it is not that of twelve NVLinks,
@@ -169,7 +170,7 @@ def _assumed(row: dict[str, str], job: StepJob, network: float | None, node_rank
     unused = {"vocab": not job.whole_model, "sequence_parallel": job.tp == 1, "ffn": not job.program.gated}
     found = [text for name, text in _UNSTATED.items() if not row[name].strip() and not unused.get(name)]
     if network is None and job.ranks > node_ranks and row["measured_kind"] != "peak_mem_gib":
-        found.append("the network of the machine's description")
+        found.append(ASSUMED_NETWORK)
     return (*found, *unstated(row))
 
 
