@@ -190,10 +190,10 @@ def test_rows_are_those_that_steps_train_on(data: Dataset) -> None:
 
 
 def test_rows_end_with_the_run(data: Dataset) -> None:
-    assert [row.number for row in data.rows(start=300 * 16 - 2)] == [4798, 4799]
+    assert [row.number for row in data.rows(start=200 * 16 - 2)] == [3198, 3199]
     assert next(data.rows()).number == 0 and list(data.rows(7, 0)) == []
-    for start, count in ((-1, 3), (4799, 2), (0, -1), (4801, None)):
-        with pytest.raises(UserError, match="the run has the rows 0 to 4800"):
+    for start, count in ((-1, 3), (3199, 2), (0, -1), (3201, None)):
+        with pytest.raises(UserError, match="the run has the rows 0 to 3200"):
             data.rows(start, count)
 
 

@@ -31,6 +31,7 @@ from llama_ds.config.run_files import METRICS
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.run_lock import check_unused
+from llama_ds.layout.layout import resolve_layout
 from llama_ds.machine import free_port
 
 EXAMPLES = """examples:
@@ -128,7 +129,7 @@ def _train(run: RunConfig, overrides: list[str]) -> None:
         stage(f"Training: finished before, at step {run.training.steps}")
         return
     if not saved:
-        stage(f"Training: {RANKS} ranks, pp {run.parallel.pp} x tp {run.parallel.tp}, steps 1 to {half}")
+        stage(f"Training: {RANKS} ranks, {resolve_layout(run, RANKS).words()}, steps 1 to {half}")
         launch(*overrides, f"checkpoint.stop_at={half}")
     stage(f"Training: resumed from its checkpoint, to step {run.training.steps}")
     launch(*overrides, "checkpoint.resume=must")

@@ -14,7 +14,7 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
-ONE_TP = ["parallel.tp=1", "parallel.sequence_parallel=false"]
+TWO_TP = ["parallel.tp=2", "parallel.sequence_parallel=true"]
 RING, ALL_TO_ALL = "parallel.cp_method=ring", "parallel.cp_method=all_to_all"
 
 
@@ -25,21 +25,21 @@ def load(name: str, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
-        ([RING, "parallel.cp=3"], "data.seq_len = 256 is not a multiple of 6, as 2 * parallel.cp = 3 with cp_method "
+        ([*TWO_TP, RING, "parallel.cp=3"], "data.seq_len = 256 is not a multiple of 6, as 2 * parallel.cp = 3 with cp_method "
          "ring and sequence_parallel with parallel.tp = 2 needs; use 252 or 258"),
-        ([*ONE_TP, RING, "parallel.cp=4", "data.seq_len=252"], "data.seq_len = 252 is not a multiple of 8, as 2 * "
+        ([RING, "parallel.cp=4", "data.seq_len=252"], "data.seq_len = 252 is not a multiple of 8, as 2 * "
          "parallel.cp = 4 with cp_method ring needs; use 248 or 256"),
-        ([*ONE_TP, ALL_TO_ALL, "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not a multiple of 4, as "
+        ([ALL_TO_ALL, "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not a multiple of 4, as "
          "parallel.cp = 4 with cp_method all_to_all needs; use 252 or 256"),
-        ([ALL_TO_ALL, "parallel.cp=8"], "parallel.cp = 8 with cp_method all_to_all does not divide the 4 query heads "
+        ([*TWO_TP, ALL_TO_ALL, "parallel.cp=8"], "parallel.cp = 8 with cp_method all_to_all does not divide the 4 query heads "
          "of a rank (model.num_attention_heads / tp); use 1, 2 or 4, or cp_method ring"),
-        (["parallel.cp_method=hierarchical", "parallel.cp=3"], "parallel.cp_method = hierarchical: no number of ranks "
+        ([*TWO_TP, "parallel.cp_method=hierarchical", "parallel.cp=3"], "parallel.cp_method = hierarchical: no number of ranks "
          "from 2 to below parallel.cp = 3 divides cp and the 4 query heads of a rank (model.num_attention_heads / tp); "
          "use cp_method ring"),
-        (["parallel.cp_method=hierarchical", "parallel.cp=8", "parallel.cp_all_to_all=8"], "parallel.cp_all_to_all = 8 "
+        ([*TWO_TP, "parallel.cp_method=hierarchical", "parallel.cp=8", "parallel.cp_all_to_all=8"], "parallel.cp_all_to_all = 8 "
          "does not divide parallel.cp = 8 and the 4 query heads of a rank (model.num_attention_heads / tp) into groups"
          "; use 2 or 4"),
-        ([*ONE_TP, "parallel.cp_method=hierarchical", "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not "
+        (["parallel.cp_method=hierarchical", "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not "
          "a multiple of 4, as parallel.cp = 4 with cp_method hierarchical needs; use 252 or 256"),
         ([RING, "parallel.cp=2", "parallel.cp_all_to_all=2"], "parallel.cp_all_to_all = 2 is for cp_method "
          "hierarchical; leave it out with ring"),
@@ -100,9 +100,9 @@ def test_the_method_follows_from_heads_and_tokens(name: str, overrides: list[str
 
 
 def test_cp_divides_the_ranks_but_not_the_global_batch() -> None:
-    run = load("quickstart", "parallel.cp=2", RING)
+    run = load("quickstart", *TWO_TP, "parallel.cp=2", RING)
     layout = resolve_layout(run, 16)
-    assert (layout.dp, layout.cp, layout.data_axis, layout.accumulation, layout.global_batch) == (2, 2, 4, 1, 16)
+    assert (layout.dp, layout.cp, layout.data_axis, layout.accumulation, layout.global_batch) == (2, 2, 4, 2, 16)
     assert row_multiple(run) == 4
     with pytest.raises(
         UserError, match=r"parallel.pp 2 \* parallel.cp 2 \* parallel.tp 2 = 8; start 8, 16 or 24 ranks"
@@ -111,7 +111,7 @@ def test_cp_divides_the_ranks_but_not_the_global_batch() -> None:
 
 
 def test_placement_names_groups_that_pass_keys_between_hosts() -> None:
-    axes = resolve_layout(load("quickstart", "parallel.cp=2", RING), 16)
+    axes = resolve_layout(load("quickstart", *TWO_TP, "parallel.cp=2", RING), 16)
     within, across = (
         [found.text for found in findings(place_ranks(dict.fromkeys("abcdefgh"[:n], 16 // n), axes))] for n in (2, 8)
     )
