@@ -25,20 +25,22 @@ def load(name: str, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
-        ([*TWO_TP, RING, "parallel.cp=3"], "data.seq_len = 256 is not a multiple of 6, as 2 * parallel.cp = 3 with cp_method "
-         "ring and sequence_parallel with parallel.tp = 2 needs; use 252 or 258"),
+        ([*TWO_TP, RING, "parallel.cp=3"],
+         "data.seq_len = 256 is not a multiple of 6, as 2 * parallel.cp = 3 with cp_method ring and sequence_parallel "
+         "with parallel.tp = 2 needs; use 252 or 258"),
         ([RING, "parallel.cp=4", "data.seq_len=252"], "data.seq_len = 252 is not a multiple of 8, as 2 * "
          "parallel.cp = 4 with cp_method ring needs; use 248 or 256"),
         ([ALL_TO_ALL, "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not a multiple of 4, as "
          "parallel.cp = 4 with cp_method all_to_all needs; use 252 or 256"),
-        ([*TWO_TP, ALL_TO_ALL, "parallel.cp=8"], "parallel.cp = 8 with cp_method all_to_all does not divide the 4 query heads "
-         "of a rank (model.num_attention_heads / tp); use 1, 2 or 4, or cp_method ring"),
-        ([*TWO_TP, "parallel.cp_method=hierarchical", "parallel.cp=3"], "parallel.cp_method = hierarchical: no number of ranks "
-         "from 2 to below parallel.cp = 3 divides cp and the 4 query heads of a rank (model.num_attention_heads / tp); "
-         "use cp_method ring"),
-        ([*TWO_TP, "parallel.cp_method=hierarchical", "parallel.cp=8", "parallel.cp_all_to_all=8"], "parallel.cp_all_to_all = 8 "
-         "does not divide parallel.cp = 8 and the 4 query heads of a rank (model.num_attention_heads / tp) into groups"
-         "; use 2 or 4"),
+        ([*TWO_TP, ALL_TO_ALL, "parallel.cp=8"],
+         "parallel.cp = 8 with cp_method all_to_all does not divide the 4 query heads of a rank "
+         "(model.num_attention_heads / tp); use 1, 2 or 4, or cp_method ring"),
+        ([*TWO_TP, "parallel.cp_method=hierarchical", "parallel.cp=3"],
+         "parallel.cp_method = hierarchical: no number of ranks from 2 to below parallel.cp = 3 divides cp and the 4 "
+         "query heads of a rank (model.num_attention_heads / tp); use cp_method ring"),
+        ([*TWO_TP, "parallel.cp_method=hierarchical", "parallel.cp=8", "parallel.cp_all_to_all=8"],
+         "parallel.cp_all_to_all = 8 does not divide parallel.cp = 8 and the 4 query heads of a rank "
+         "(model.num_attention_heads / tp) into groups; use 2 or 4"),
         (["parallel.cp_method=hierarchical", "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not "
          "a multiple of 4, as parallel.cp = 4 with cp_method hierarchical needs; use 252 or 256"),
         ([RING, "parallel.cp=2", "parallel.cp_all_to_all=2"], "parallel.cp_all_to_all = 2 is for cp_method "

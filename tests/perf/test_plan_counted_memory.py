@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,17 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.axes import Axes
+from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.job import StepJob
-from llama_ds.perf.plan.memory import _published, layer_activations
-from llama_ds.perf.plan.program import LLAMA, Program
-from llama_ds.perf.plan.program_options import with_fused_swiglu, with_megatron, with_plain_norms, without_flash
+from llama_ds.perf.plan.memory import _published, layer_activations, published_memory
+from llama_ds.perf.plan.program import AUTOGRAD, LLAMA, Program
+from llama_ds.perf.plan.program_options import (
+    with_fused_swiglu,
+    with_gradient_buffers,
+    with_megatron,
+    with_plain_norms,
+    without_flash,
+)
 from llama_ds.perf.plan.rows import stages_of
 
 Case = tuple[int, bool, int, bool, str, bool]
@@ -135,6 +143,32 @@ def counted_stage(layers: list[Layer]) -> Counted:
                 backward(outputs.pop(0), boundary(job))
                 del inputs[0]
     return counter
+
+
+def test_torch_makes_gradients_while_activations_go() -> None:
+    """The peak of a step's first backward has no gradients, and that of a second, which accumulates, has them all."""
+    weights = [empty(64, 64).requires_grad_() for _ in range(8)]
+    peaks = []
+    with Counted(weights) as counter:
+        for _ in range(2):
+            counter.high = counter.total
+            x = empty(1024, 64)
+            for weight in weights:
+                x = torch.tanh(x @ weight)
+            x.sum().backward()
+            del x
+            peaks.append(counter.most)
+    gradients = sum(weight.nbytes for weight in weights)
+    assert peaks[1] - peaks[0] == pytest.approx(gradients, rel=0.15)  # the first weight's is made before the peak
+
+    once = job_of(1, False, 4, AUTOGRAD, pp=1, recompute="none")
+    once = replace(once, micro_batches=1)
+    kept = published_memory(replace(once, micro_batches=2), False) - published_memory(once, False)
+    assert kept == AUTOGRAD.gradient_bytes * parameter_count(once.model)
+    buffers = replace(once, program=with_gradient_buffers(AUTOGRAD))
+    assert published_memory(buffers, False) - published_memory(once, False) == kept
+    (few,) = _published(replace(once, micro_batch=1, seq_len=16))  # activations are less than the gradients
+    assert few.tensors == few.states + few.late + few.of_layer
 
 
 def backward(out: Tensor, grad: Tensor) -> None:

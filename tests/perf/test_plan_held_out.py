@@ -32,9 +32,9 @@ def held_out() -> list[Checked]:
 
 
 def test_runs_to_which_nothing_was_fitted_are_predicted_within_bounds(held_out: list[Checked]) -> None:
-    """The errors in docs/measurements, 2026-11-30 sixth rows; gdGPT's and Qwen's, up to 170 percent off, are in."""
+    """The errors in docs/measurements, 2026-11-30 seventh rows; gdGPT's and Qwen's, up to 170 percent off, are in."""
     found = summary(times(held_out, "a100"))
-    assert found["rows"] == 381
+    assert found["rows"] == 417
     assert found["median"] < 0.06
     assert found["p90"] < 0.28
     llama = summary([c for c in times(held_out, "a100") if "InternEvo" in c.row.source])
@@ -72,7 +72,7 @@ def test_sums_of_input_gradients_beside_weight_gradients_are_mostly_hidden(tmp_p
 
 def test_held_out_runs_that_were_out_of_memory_are_recognised() -> None:
     found = fits(read_rows(DATA / "held_out_runs.csv"), MACHINES)
-    assert found and (found.ran, found.failed) == (556, 23)
+    assert found and (found.ran, found.failed) == (625, 28)
     assert found.said_to_fail >= 11, "gdGPT's ZeRO-3 with 1,024 and 1,280 tokens a row is said to fit"
     assert found.agreement >= 0.96
 

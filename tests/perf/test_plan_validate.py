@@ -38,12 +38,14 @@ from llama_ds.perf.plan.program_options import (
     with_fused_head,
     with_fused_loss,
     with_fused_swiglu,
+    with_gradient_buffers,
     with_megatron,
     with_own_sums,
     with_plain_norms,
     with_plain_optimizer,
     with_plain_rotation,
     with_recomputed_norms,
+    with_recomputed_swiglu,
     with_separate_gate,
     with_small_gradients,
     with_sums_beside_weights,
@@ -153,7 +155,7 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("flash attn", with_plain_norms(LLAMA), True),
         ("flash attn; RMSNorm kernel", LLAMA, True),
         ("PyTorch FSDP", AUTOGRAD, True),
-        ("nanotron v0.5", AUTOGRAD, True),
+        ("nanotron v0.5", with_gradient_buffers(AUTOGRAD), True),
         ("torchtitan, RMSNorm by torch's operations", with_plain_norms(AUTOGRAD), True),
         ("FSDP; kernels for RMSNorm and loss", with_fused_loss(AUTOGRAD), True),
         ("HSDP; torch.compile; gradients in bf16", with_small_gradients(AUTOGRAD), True),
@@ -186,6 +188,7 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("no fused RMSNorm; flash attn 2", with_plain_norms(LLAMA), True),
         ("no compiler: kernel for RMSNorm without overlap", LLAMA, True),
         ("kernel for RMSNorm; loss by operations", LLAMA, True),
+        ("RMS kernel; SwiGLU's result computed again", with_recomputed_swiglu(LLAMA), True),
         ("RMS kernel; head and loss in one kernel by parts", with_fused_head(LLAMA), True),
         ("transformers' layer, RMS kernel; kernel for the loss", with_fused_loss(with_transformers(LLAMA)), True),
         ("torch attention", without_flash(with_plain_norms(LLAMA), False), False),
@@ -344,18 +347,20 @@ def test_a_row_becomes_the_job_that_it_states(tmp_path: Path) -> None:
     assert len(checked) == 1 and skipped == {"tp, pp, dp not stated": 1}
 
 
-def test_a_row_may_state_shared_rows_copies_of_shards_and_recompute_of_some_layers(tmp_path: Path) -> None:
+def test_a_row_may_state_shared_rows_copies_of_shards_recompute_of_some_layers_and_ties(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     llama = GOOD.replace("GPT,", "LLaMA,")
     shared = llama.replace(",8,1,1,8,", ",16,1,1,8,") + "cp 2; FSDP"
     hybrid = llama.replace(",8,1,1,8,", ",32,1,1,32,").replace(",full,1,4,", ",op,3,2,") + "HSDP"
     half = llama.replace("full", "full:1/3") + "FSDP"
     pairs = llama.replace(",8,1,1,8,", ",32,2,1,16,") + "HSDP"
-    path.write_text("\n".join([HEADER, shared, hybrid, half, shared.replace("cp 2", "cp 3"), pairs]) + "\n")
+    tied = llama + "weights of embedding and head tied"
+    path.write_text("\n".join([HEADER, shared, hybrid, half, shared.replace("cp 2", "cp 3"), pairs, tied]) + "\n")
     rows = read_rows(path)
     jobs = [row.job for row in rows]
     assert jobs[0] and jobs[0].axes.cp == 2 and jobs[0].sharing.size == 2 and jobs[0].state_group.size == 16
     assert rows[4].job and rows[4].job.state_group.size == 4, "a node of 8 GPUs holds four pairs"
+    assert [job.model.tie_word_embeddings for job in jobs if job] == [False, False, False, False, True]
     assert jobs[1] and jobs[1].state_group.size == 8 and jobs[1].stages == ((("op", 32),),)
     assert jobs[2] and jobs[2].stages == ((("full", 10), ("none", 22)),)
     assert rows[3].skipped == "tp 1 * pp 1 * cp 3 * dp 8 is not n_gpus 16"

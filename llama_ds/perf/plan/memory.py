@@ -120,15 +120,17 @@ class _Held(NamedTuple):
     """Bytes of a rank: states, activations, temporaries of a pass, and what only the optimizer's step holds."""
 
     states: float
+    late: float  # gradients that the backward makes as activations go
     kept: float
     working: float
+    of_layer: float  # temporaries without the head's
     gaps: float  # what the allocator cannot use when memory runs out
     step: float
 
     @property
     def tensors(self) -> float:
         """The largest sum at one time: the activations have gone when the step begins."""
-        return self.states + max(self.kept + self.working, self.step)
+        return self.states + max(self.kept + self.working, self.late + max(self.of_layer, self.step))
 
     @property
     def least(self) -> float:
@@ -138,7 +140,7 @@ class _Held(NamedTuple):
     @property
     def cached(self) -> float:
         """What the allocator keeps: the step's long buffers do not fit into the activations' freed blocks."""
-        return self.states + self.kept + self.working + self.step
+        return self.states + max(self.kept + self.working, self.late + self.of_layer) + self.step
 
 
 def _published(job: StepJob) -> list[_Held]:
@@ -154,15 +156,17 @@ def _published(job: StepJob) -> list[_Held]:
             kept += held * sum(n * layer_activations(job, policy) for policy, n in job.stages[stage])
             kept += held * (boundary * job.program.keeps_outputs * (job.pp > 1) + _kept_input(job, first=stage == 0))
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
-        working = _layer_working(job, again)
+        working = of_layer = _layer_working(job, again)
         gaps = KEPT_GAPS * kept + WORKING_GAPS * working
         if len(job.stages) - 1 in own:
             working = max(working, _head_working(job))
         # An optimizer of fp32 weights casts 16-bit gradients to fp32.
         casts = job.program.gradient_bytes == 2 and job.program.state_bytes > 4
         copies = 4.0 * by_role.total() / (job.state_group.size if job.zero_stage else 1)
-        states = _states(job, by_role) + _shared_buffer(job)
-        found.append(_Held(states, kept, working, gaps, copies if casts else 0.0))
+        states, gradients = _states(job, by_role) + _shared_buffer(job), _gradients(job, by_role)
+        made_late = job.program.late_gradients and job.micro_batches == 1
+        states, late = (states, gradients) if made_late else (states + gradients, 0.0)
+        found.append(_Held(states, late, kept, working, of_layer, gaps, copies if casts else 0.0))
     return found
 
 
@@ -197,14 +201,17 @@ def _shared_buffer(job: StepJob) -> float:
 
 
 def _states(job: StepJob, by_role: Counter[Role]) -> float:
-    """Return the bytes of 16-bit weights, gradients and optimizer states."""
+    """Return the bytes of 16-bit weights and optimizer states."""
     parameters, ranks = by_role.total(), job.state_group.size
     optimizer = job.program.state_bytes * parameters / (ranks if job.zero_stage else 1)
-    gradients = job.program.gradient_bytes * parameters / (ranks if job.zero_stage >= 2 else 1)
     weights = 2.0 * parameters
     if job.zero_stage == 3:
         weights = weights / ranks + 4.0 * parameters / max(1, job.model.num_hidden_layers)
-    return weights + gradients + optimizer
+    return weights + optimizer
+
+
+def _gradients(job: StepJob, by_role: Counter[Role]) -> float:
+    return job.program.gradient_bytes * by_role.total() / (job.state_group.size if job.zero_stage >= 2 else 1)
 
 
 def _head_working(job: StepJob) -> float:

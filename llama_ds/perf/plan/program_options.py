@@ -53,6 +53,12 @@ def with_small_gradients(program: Program) -> Program:
 
 
 @cache
+def with_gradient_buffers(program: Program) -> Program:
+    """Return a program that keeps gradients in buffers of its own, which exist before the backward."""
+    return replace(program, name=f"{program.name}_buffers", late_gradients=False)
+
+
+@cache
 def with_bf16_reduction(program: Program) -> Program:
     """Return a program that sends gradients in bf16."""
     return replace(program, name=f"{program.name}_bf16_sums", reduced_bytes=2)
@@ -72,6 +78,13 @@ def with_bf16_states(program: Program) -> Program:
 def with_fused_swiglu(program: Program) -> Program:
     """Return a program with a kernel for SwiGLU, which keeps its inputs and its result."""
     return replace(program, name=f"{program.name}_swiglu", inner=OURS.inner, kept_inner=6)
+
+
+@cache
+def with_recomputed_swiglu(program: Program) -> Program:
+    """Return a program with a kernel for SwiGLU, which keeps its inputs and computes its result again (6 bytes)."""
+    inner = MemoryTraffic(OURS.inner.forward, OURS.inner.backward + 6)
+    return replace(program, name=f"{program.name}_swiglu_again", inner=inner, kept_inner=4)
 
 
 @cache
@@ -111,6 +124,7 @@ def with_megatron(program: Program) -> Program:
         logits=MEGATRON.logits,
         kept_logits=MEGATRON.kept_logits,
         sequence_first=True,
+        late_gradients=False,
     )
 
 
@@ -129,6 +143,7 @@ def with_deepspeed(program: Program) -> Program:
         buffers_gib=MEGATRON.buffers_gib,
         optimizer_bytes=MEGATRON.optimizer_bytes,
         step_copies=8,
+        late_gradients=False,
     )
 
 

@@ -239,7 +239,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
             num_attention_heads=heads,
             num_key_value_heads=n["kv_heads"] or heads,
             head_dim=head_dim,
-            tie_word_embeddings=not program.gated and "not tied" not in row["note"],
+            tie_word_embeddings=_tied(row["note"], program.gated),
         )
     except UserError as error:
         return str(error)
@@ -270,6 +270,11 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         cp_sizes=_cp(row),
         launch_blocking=_launch_blocking(row, n["n_gpus"]),
     )
+
+
+def _tied(note: str, gated: bool) -> bool:
+    """Whether embedding and head share their weights; those of LLaMA-like models do only where the note says so."""
+    return "head tied" in note if gated else "not tied" not in note
 
 
 def _launch_blocking(row: dict[str, str], gpus: int) -> bool:
