@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Lowest first. A room may import itself and rooms on lower floors, but not other rooms on its own floor.
 FLOORS = (
-    ("errors", "machine", "child_processes", "shipped"),
+    ("errors", "machine", "child_processes", "shipped", "atomic_files"),
     ("log",),
     ("command_line",),
     ("schedules",),
@@ -32,7 +32,7 @@ FLOORS = (
     ("__main__",),
 )
 
-# Heavy packages, and the only files that may import or name them (in fnmatch, * also crosses folders).
+# Heavy packages and os.replace, and the only files that may import or name them (in fnmatch, * also crosses folders).
 DOORS = {
     "datasets": ("llama_ds/benchmarks/data/rivals.py", "llama_ds/evaluation/harness_protocol.py"),
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engines/*.py"),
@@ -45,6 +45,7 @@ DOORS = {
         "llama_ds/benchmarks/evaluation_speed.py",
     ),
     "matplotlib": ("llama_ds/experiments/ladder/figures.py",),
+    "os.replace": ("llama_ds/atomic_files.py", "llama_ds/data/source/cache.py"),
     "orjson": ("llama_ds/data/text/piece_reader.py",),
     "pyarrow": ("llama_ds/data/text/columns.py", "llama_ds/evaluation/fetch.py"),
     "scipy": ("llama_ds/experiments/ladder/law.py",),
@@ -75,7 +76,7 @@ RANK_READERS = ("llama_ds/parallel/*", "llama_ds/job/requests.py")
 TORCH_FREE = (
     *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/machine.py", "llama_ds/child_processes.py"),
     *("llama_ds/shipped.py", "llama_ds/command_line.py", "llama_ds/config/*", "llama_ds/layout/*"),
-    *("llama_ds/schedules/*", "llama_ds/job/*", "llama_ds/launch/*", "llama_ds/perf/*"),
+    *("llama_ds/atomic_files.py", "llama_ds/schedules/*", "llama_ds/job/*", "llama_ds/launch/*", "llama_ds/perf/*"),
     *("llama_ds/data/order.py", "llama_ds/data/mixture.py", "llama_ds/data/text/*", "llama_ds/data/building/*"),
     "llama_ds/training/lr_schedule.py",
 )
@@ -271,6 +272,7 @@ def test_torch_free_files_load_without_torch() -> None:
         ("llama_ds/model/layer.py", "import importlib\nimportlib.import_module('flash_attn.cute')", 2, "flash_attn"),
         ("llama_ds/training/loop.py", "from yaml import safe_load", 1, "uses yaml"),
         ("llama_ds/data/source/shards.py", "import sentencepiece", 1, "uses sentencepiece"),
+        ("llama_ds/training/boards/page.py", "import os\nos.replace('page.tmp', 'page')", 2, "uses os.replace"),
         ("llama_ds/checkpoint/hf.py", "from transformers import LlamaConfig", 1, "uses transformers"),
         ("llama_ds/train.py", "import os\nos.environ['RANK']", 2, "environment variable RANK"),
         ("llama_ds/train.py", "from os import environ\nenviron.get('LOCAL_RANK', 0)", 2, "variable LOCAL_RANK"),

@@ -25,8 +25,9 @@ import secrets
 import shutil
 from dataclasses import dataclass
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.manifest import sync, write_complete
+from llama_ds.checkpoint.manifest import sync
 from llama_ds.checkpoint.store import ATTEMPT, DAMAGED, LATEST, REMOVED, REPLACED, REWOUND, Retention, tag_of
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -96,7 +97,8 @@ class SaveAttempt:
 
     def point_to(self, tag: str) -> None:
         """Make `latest` name `tag`, atomically."""
-        write_complete(os.path.join(self.folder, LATEST), tag, os.path.join(self.path, LATEST))
+        latest = os.path.join(self.folder, LATEST)
+        write_atomically(latest, tag, durable=True, temporary=os.path.join(self.path, LATEST))
         sync(self.folder)
 
     def go_back(self, tag: str, newer: list[str]) -> None:

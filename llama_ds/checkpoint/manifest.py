@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 import xxhash
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
@@ -264,20 +265,8 @@ def checksum(path: str) -> str:
 
 def write_durably(path: str, text: str) -> None:
     """Write a small file atomically. It is durable on return."""
-    write_complete(path, text, path + ".tmp")
+    write_atomically(path, text, durable=True, temporary=path + ".tmp")
     sync(os.path.dirname(path))
-
-
-def write_complete(path: str, text: str, temporary: str) -> None:
-    """Write and sync `temporary`, then rename it to `path`, so that no reader ever sees an incomplete file.
-
-    The rename is the last operation in the file's folder. It is durable once the folder is synced.
-    """
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def sync(path: str) -> None:

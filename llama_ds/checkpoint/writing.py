@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import xxhash
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.manifest import (
     Description,
@@ -37,7 +38,6 @@ from llama_ds.checkpoint.manifest import (
     StoredPiece,
     name_of,
     sync,
-    write_complete,
     write_manifest,
 )
 from llama_ds.checkpoint.snapshot import Snapshot
@@ -157,7 +157,7 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
         record.pieces.setdefault(name_of(wanted.key), []).append(piece)
     sync(partial)
     path = os.path.join(partial, _record_name(rank))
-    write_complete(path, record.as_json(), path + ".tmp")
+    write_atomically(path, record.as_json(), durable=True, temporary=path + ".tmp")
 
 
 def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Record]:

@@ -11,12 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.config.batch_stages import Batches
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
-from llama_ds.data.source.manifest import MANY, Split, write_atomically
+from llama_ds.data.source.manifest import MANY, Split
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
@@ -77,7 +78,7 @@ def _check(state: DataState) -> None:
 def save_state(path: str, state: DataState) -> None:
     """Write the state to a file atomically."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomically(path, json.dumps(state.as_json(), indent=1).encode())
+    write_atomically(path, json.dumps(state.as_json(), indent=1), durable=True, temporary=f"{path}.tmp")
 
 
 def planned(data: DataConfig, batches: Batches | int, geometry: Mapping[str, Split]) -> DataState:

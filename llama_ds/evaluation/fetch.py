@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 
+from llama_ds.atomic_files import atomic_file
 from llama_ds.errors import UserError
 from llama_ds.evaluation.suite import split_file
 from llama_ds.evaluation.tasks import Task
@@ -27,8 +28,7 @@ def fetch(task: Task, data: str, download: Download | None = None) -> list[str]:
         if os.path.exists(path):
             continue
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        _write_lines((download or from_hub)(task.dataset, task.subset, split), f"{path}.part")
-        os.replace(f"{path}.part", path)
+        _write_lines((download or from_hub)(task.dataset, task.subset, split), path)
         written.append(path)
     return written
 
@@ -39,10 +39,10 @@ def _write_lines(parquet: list[str], path: str) -> None:
     except ImportError:
         raise UserError("pyarrow is missing, which reads the hub's files; install it: pip install pyarrow") from None
 
-    with open(path, "w", encoding="utf-8") as out:
+    with atomic_file(path) as out:
         for name in parquet:
             for batch in ParquetFile(name).iter_batches():
-                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+                out.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
 
 
 def from_hub(repository: str, subset: str, split: str) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_ds import shipped
+from llama_ds.atomic_files import overwrite
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.layout.nodelist import check_host, clip, expand
 
@@ -53,13 +54,8 @@ def write_hostfile(path: str, hosts: Mapping[str, int], comment: str = "") -> No
     content = hostfile_text(hosts, comment, path).encode(errors="replace")  # an argument may hold lone surrogates
     if os.path.exists(path) and not os.path.isfile(path):  # the new file would replace a device such as /dev/stdout
         raise UserError(f"{path}: is not a regular file, and only those can be replaced; name another for the hostfile")
-    temporary = f"{os.path.realpath(path)}.{os.getpid()}.partial"
     try:
-        try:
-            Path(temporary).write_bytes(content)
-            os.replace(temporary, os.path.realpath(path))
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        overwrite(path, content)
     except OSError as error:
         raise UserError(f"{path}: the hostfile cannot be written: {error.strerror}; name another file") from None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama_ds.atomic_files import atomic_file, write_atomically
 from llama_ds.config.run_file import dump
 from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES, WARNINGS
 from llama_ds.config.schema import RunConfig
@@ -161,11 +162,9 @@ def open_run_log(
     """
     try:
         log = RunLog(run, first_step)
-        with open(os.path.join(run.run_dir, RUN_FILE), "w") as file:
-            file.write(dump(run))
+        write_atomically(os.path.join(run.run_dir, RUN_FILE), dump(run))
         if config is not None:
-            with open(os.path.join(run.run_dir, DEEPSPEED), "w") as file:
-                json.dump(config, file, indent=2)
+            write_atomically(os.path.join(run.run_dir, DEEPSPEED), json.dumps(config, indent=2))
         if machine is not None:
             path = os.path.join(run.run_dir, MACHINES)
             drop_steps_after(path, first_step)
@@ -188,14 +187,13 @@ def drop_steps_after(path: str, step: int) -> None:
     """
     if not os.path.exists(path):
         return
-    with open(path, errors="surrogateescape") as file:
-        lines = [line for line in file if line.endswith("\n") and _step(line, step) <= step]
-    with open(path + ".tmp", "w", errors="surrogateescape") as file:
+    with open(path, "rb") as file:
+        lines = [line for line in file if line.endswith(b"\n") and _step(line, step) <= step]
+    with atomic_file(path, temporary=f"{path}.tmp") as file:
         file.writelines(lines)
-    os.replace(path + ".tmp", path)
 
 
-def _step(line: str, otherwise: int) -> int:
+def _step(line: bytes, otherwise: int) -> int:
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from built_sources import SEQ_LEN, Built
 from source_files import content, finish, manifest_of, start_build, write_lines
 
+from llama_ds.data.building import build_folder
 from llama_ds.data.building.build import build_source
 from llama_ds.data.building.host_workers import shared_file
 from llama_ds.data.text.corpus import documents
@@ -191,7 +194,7 @@ def test_a_bad_document_ends_all_workers_at_once(built: Built, corpus: Path, tmp
 
 @pytest.mark.parametrize("append", [False, True])
 def test_a_build_killed_during_its_commit_is_completed(
-    built: Built, corpus: Path, tmp_path: Path, append: bool
+    built: Built, corpus: Path, tmp_path: Path, append: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(out: str, pattern: str, append: bool) -> None:
         build_source("s", pattern, built.tokenizer, str(tmp_path / out), SEQ_LEN, 0.2, 500, append=append)
@@ -201,11 +204,10 @@ def test_a_build_killed_during_its_commit_is_completed(
         if append:
             build(out, built.prose, False)
     build("a", more, append)
-    blocker = tmp_path / "b" / "s" / "manifest.json.tmp"
-    blocker.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"manifest.json.tmp: cannot be written .*Is a directory"):
+    broken = OSError(errno.EIO, "Input/output error", "manifest.json")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"manifest.json: cannot be written .*error"):
+        patch.setattr(build_folder, "write_atomically", Mock(side_effect=broken))
         build("b", more, append)
-    blocker.rmdir()
     (tmp_path / "b" / "s" / "build.removed").mkdir()  # what a kill leaves at the end of the commit
     (tmp_path / "b" / "s" / "build.removed" / "part-000000.json").touch()
     tars = {p: p.stat().st_ino for p in tmp_path.glob("b/s/*.tar")}

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_ds.data.building import build_folder
-from llama_ds.data.building.atomic_file import reporting_write_errors
 from llama_ds.data.building.dedup import DIGEST, DigestSet
 from llama_ds.data.building.document_counts import DocumentCounts
 from llama_ds.data.building.found_input import FoundInput, find_input
@@ -39,6 +38,7 @@ from llama_ds.data.building.tokenized import (
 )
 from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
+from llama_ds.data.building.write_errors import reporting_write_errors
 from llama_ds.data.source.documents_index import parse_documents
 from llama_ds.data.source.input_index import ListedFile
 from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_tokenizer, documents_name, parse_manifest

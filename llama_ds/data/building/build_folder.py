@@ -22,8 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
-from llama_ds.data.building.atomic_file import TEMPORARY, atomic_writer
+from llama_ds.atomic_files import TEMPORARY, write_atomically
 from llama_ds.data.building.input_files import InputFile
+from llama_ds.data.building.write_errors import atomic_writer
 from llama_ds.data.source.input_index import INPUT_FILE, ListedFile, input_name, write_inputs
 from llama_ds.data.source.manifest import (
     CHECKSUM_BLOCK,
@@ -35,7 +36,6 @@ from llama_ds.data.source.manifest import (
     checksum_of,
     checksums_name,
     shard_name,
-    write_atomically,
 )
 from llama_ds.data.source.source_folder import BUILD, PLAN
 from llama_ds.errors import UserError
@@ -110,7 +110,7 @@ def finished(folder: str) -> bytes | None:
 def finish_commit(folder: str) -> None:
     """Finish a build that was killed during its commit."""
     if content := _read(os.path.join(build_path(folder), MANIFEST)):
-        write_atomically(os.path.join(folder, MANIFEST), content)
+        write_atomically(os.path.join(folder, MANIFEST), content, durable=True)
         _remove_build(folder)
     shutil.rmtree(_removed_path(folder), ignore_errors=True)
 
@@ -203,7 +203,7 @@ def commit(
     content = json.dumps(asdict(manifest), indent=1).encode()
     with atomic_writer(os.path.join(build_path(folder), MANIFEST), len(content)) as file:
         file.write(content)
-    write_atomically(os.path.join(folder, MANIFEST), content)
+    write_atomically(os.path.join(folder, MANIFEST), content, durable=True)
     _remove_build(folder)
 
 
@@ -257,7 +257,7 @@ def remove_temporary(folder: str) -> None:
     shutil.rmtree(_removed_path(folder), ignore_errors=True)
     for directory in (folder, build_path(folder), os.path.join(folder, "index")):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            if TEMPORARY in name:
+            if TEMPORARY.fullmatch(name):
                 with suppress(OSError):
                     os.remove(os.path.join(directory, name))
 

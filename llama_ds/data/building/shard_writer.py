@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.packing import pack
 from llama_ds.data.building.tokenized import documents_path, ids_path
+from llama_ds.data.building.write_errors import atomic_writer
 from llama_ds.data.source import tar_rows
 from llama_ds.data.source.documents_index import DIGEST_BYTES, IndexedDocument, write_documents
 from llama_ds.data.source.manifest import documents_name, shard_name

@@ -20,12 +20,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
 from llama_ds.data.building.imported_ids import ImportedIds
 from llama_ds.data.building.input_files import InputFile, check_unchanged, digest
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
+from llama_ds.data.building.write_errors import atomic_writer
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
 from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of

@@ -25,6 +25,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.data.source import source_folder
 from llama_ds.data.text.tokenizer import Tokenizer
@@ -235,16 +236,7 @@ def _check(manifest: Manifest) -> None:
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
     """Write the manifest atomically: a folder with a manifest is a complete source."""
-    write_atomically(os.path.join(folder, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
-
-
-def write_atomically(path: str, content: bytes) -> None:
-    """Write a file atomically and sync it to disk."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    write_atomically(os.path.join(folder, MANIFEST), json.dumps(asdict(manifest), indent=1), durable=True)
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:

@@ -10,6 +10,8 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 
+from llama_ds.atomic_files import atomic_file
+
 MIN_BYTES = 200  # shorter texts are useless for training
 MAX_BYTES = 400_000  # longer files are generated tables
 CODE_SHARE = 0.75  # fraction of code in the corpus
@@ -85,17 +87,16 @@ def _read(path: str) -> str | None:
 def _write(path: str, texts: Iterator[tuple[str, str]], limit: float, progress: Callable[[int], None]) -> str:
     seen: set[bytes] = set()
     written = 0
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         for name, text in texts:
             data = text.encode()
             digest = hashlib.sha256(data).digest()
             if len(data) < MIN_BYTES or digest in seen:
                 continue
             seen.add(digest)
-            file.write(json.dumps({"text": text, "path": name}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"text": text, "path": name}, ensure_ascii=False).encode() + b"\n")
             progress(len(data))
             written += len(data)
             if written >= limit:
                 break
-    os.replace(f"{path}.tmp", path)
     return path

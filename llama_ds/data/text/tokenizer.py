@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.data.text import sentencepiece_model, tokenizer_json
 from llama_ds.data.text.corpus import cut_at_lines, documents
@@ -179,9 +180,7 @@ def train_tokenizer(
         raise UserError(f"{problem}: {_vocab_limit(str(error))}") from None
     path = f"{out_prefix}.model"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(model)
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, model)
     return path
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from llama_ds.atomic_files import atomic_file
 from llama_ds.job.trace_format import MERGED_FILE
 from llama_ds.perf.trace.kernels import monotonic_offset
 from llama_ds.perf.trace.kinds import IN_FLIGHT, MESSAGES, SENDS
@@ -47,12 +48,10 @@ def merge(folder: str | Path) -> Path:
     origin = min(step.begin for rank in read(folder, ranks) for step, _ in rank.steps()[:1])
     arrows = _Arrows()
     path = where / MERGED_FILE
-    partial = path.with_suffix(".partial")
-    with gzip.open(partial, "wt", compresslevel=5) as file:
+    with atomic_file(str(path)) as compressed, gzip.open(compressed, "wt", compresslevel=5) as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         _write(file, _all_events(read(folder, ranks), profiled, origin, arrows))
         file.write("\n]}\n")
-    partial.replace(path)
     return path
 
 

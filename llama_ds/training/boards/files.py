@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.job.run_end import RunEnd
 from llama_ds.training.boards.background import Values, numbers
 
@@ -35,9 +37,9 @@ class CsvFile:
 
     def __init__(self, path: str, first_step: int) -> None:
         kept = _rows_until(path, first_step)
-        with open(path + ".tmp", "w", newline="") as file:
-            csv.writer(file).writerows((self.HEADER, *kept))
-        os.replace(path + ".tmp", path)
+        table = io.StringIO()
+        csv.writer(table).writerows((self.HEADER, *kept))
+        write_atomically(path, table.getvalue(), temporary=f"{path}.tmp")
         self._file = open(path, "a", buffering=1, newline="")  # noqa: SIM115 (closed by close)
         self._writer = csv.writer(self._file)
 

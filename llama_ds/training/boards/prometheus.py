@@ -14,6 +14,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.job.run_end import RunEnd
 from llama_ds.training.boards.background import Values, numbers
 
@@ -34,9 +35,7 @@ class PrometheusMetrics:
         self._values |= {**numbers(values), "step": step, "last_report_timestamp_seconds": time.time()}
         self._text = exposition(self._run, self._values).encode()
         if self._textfile:
-            with open(self._textfile + ".tmp", "wb") as file:
-                file.write(self._text)
-            os.replace(self._textfile + ".tmp", self._textfile)
+            write_atomically(self._textfile, self._text)
 
     def close(self, end: RunEnd) -> None:
         """Stop serving and remove the file: values of a run that has ended are not current."""

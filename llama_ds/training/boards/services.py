@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.config.boards import BoardConfig
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
@@ -46,9 +47,7 @@ class ServiceRun:
     def write(self, step: int) -> None:
         """Record that the service holds all steps up to `step`."""
         step = max(step, self.held)
-        with open(self.path + ".tmp", "w") as file:
-            json.dump({"id": self.id, "step": step}, file)
-        os.replace(self.path + ".tmp", self.path)
+        write_atomically(self.path, json.dumps({"id": self.id, "step": step}), temporary=f"{self.path}.tmp")
 
 
 class WandbRun:

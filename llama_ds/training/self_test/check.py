@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from llama_ds import __version__
+from llama_ds.atomic_files import write_atomically
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
@@ -147,8 +148,6 @@ def _remember(path: str, record: dict[str, Any]) -> None:
         return
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump([*records, record], file)
-        os.replace(f"{path}.tmp", path)
+        write_atomically(path, json.dumps([*records, record]), temporary=f"{path}.tmp")
     except OSError as error:  # the run itself says what to do about its folder
         logger.warning("self-test: its result cannot be remembered, the next start repeats it (%s)", error)

@@ -1,43 +1,28 @@
-"""Atomic file writes, and the user error for a disk that is full or broken."""
+"""Atomic files of a build, and the user error for a disk that is full or broken."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import BinaryIO
 
+from llama_ds.atomic_files import atomic_file
 from llama_ds.errors import UserError
-
-TEMPORARY = ".tmp-"  # followed by host and process id, because a worker may outlive a killed build
 
 
 @contextmanager
 def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for writing that is renamed to `path` once it is complete; on an error nothing is left.
-
-    `wait`: sync it to disk before the rename, so that a power failure cannot leave the name without the content.
+    """Open a file of a build as `atomic_file` does; `wait`: it is durable.
 
     Raises:
         UserError: it cannot be written; for a full disk, names the folder, the space needed (at least
             `expected_bytes`) and the free space.
     """
-    temporary = f"{path}{TEMPORARY}{socket.gethostname()}-{os.getpid()}"
-    with reporting_write_errors(path, expected_bytes):
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                if wait:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(temporary)
-            raise
+    with reporting_write_errors(path, expected_bytes), atomic_file(path, durable=wait) as file:
+        yield file
 
 
 @contextmanager
