@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_ds import log, shipped
+from llama_ds.atomic_files import overwrite
 from llama_ds.errors import UserError, is_out_of_memory
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
@@ -297,15 +298,11 @@ def _print_answer(args: argparse.Namespace, answer: Answer) -> int:
     elif answer.text:
         print(answer.text)
     if (path := getattr(args, "results_file", None)) is not None:
-        _write(path, json.dumps(answer.data, indent=1) + "\n")
+        with _reporting("--out", path, "file"):
+            overwrite(path, json.dumps(answer.data, indent=1) + "\n")
     for line in answer.remarks:
         print(line, file=sys.stderr)
     return answer.code
-
-
-def _write(path: str, text: str) -> None:
-    with _reporting("--out", path, "file"):
-        Path(path).write_text(text, encoding="utf-8")
 
 
 def check_file(option: str, path: str) -> None:

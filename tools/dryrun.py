@@ -26,6 +26,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from llama_ds.command_line import Answer, add_json, check_folder, new_parser, processes, run, size, whole
+from llama_ds.config.text import save_text
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.training.dry_run.run import dry_run
 from llama_ds.training.dry_run.text import as_json, calls_as_json, table
@@ -73,7 +74,7 @@ def report(args: argparse.Namespace) -> Answer:
     if args.calls is not None:
         for rank in found.ranks:
             text = json.dumps(calls_as_json(found, rank)) + "\n"
-            Path(args.calls, f"rank{rank.rank:05d}.json").write_text(text, encoding="utf-8")
+            save_text(os.path.join(args.calls, f"rank{rank.rank:05d}.json"), text)
     return Answer(as_json(found), table(found), 0 if found.ok else 1)
 
 

@@ -118,10 +118,11 @@ def evaluate(args: argparse.Namespace) -> Answer | int:
 
 def draw(args: argparse.Namespace) -> Answer:
     """Write the figure of tasks over tokens."""
+    from llama_ds.config.text import save_text
     from llama_ds.evaluation.figure import figure, read_curves, read_references
 
     curves = read_curves([args.checkpoint, *args.beside])
-    Path(args.figure).write_text(figure(curves, read_references(args.references) if args.references else {}))
+    save_text(args.figure, figure(curves, read_references(args.references) if args.references else {}))
     return Answer({"figure": args.figure, "tasks": list(curves)}, args.figure)
 
 

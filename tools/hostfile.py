@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, check_file, new_parser, run, subcommands, whole
 from llama_ds.config.run_file import load_run
+from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import hostfile_text, parse_hostfile, select, write_hostfile
 from llama_ds.layout import rank_map
@@ -115,7 +116,7 @@ def show_map(args: argparse.Namespace) -> Answer:
     ranks = _ranks(args)
     if args.svg is not None:
         check_file("--svg", args.svg)
-        Path(args.svg).write_text(rank_map.svg(ranks, f"Ranks on {args.file}"), encoding="utf-8")
+        save_text(args.svg, rank_map.svg(ranks, f"Ranks on {args.file}"))
     return Answer([rank.as_data() for rank in ranks], rank_map.table(ranks, args.every_host))
 
 

@@ -26,6 +26,7 @@ from llama_ds.benchmarks.pipeline.report import report
 from llama_ds.benchmarks.pipeline.run import run_contest
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, check_folder, delay, from_options, new_parser, run, size, whole
+from llama_ds.config.text import save_text
 from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import read
 
@@ -92,7 +93,7 @@ def race(args: argparse.Namespace) -> Answer:
             shutil.copytree(folder, args.keep, ignore=shutil.ignore_patterns("*.log"), dirs_exist_ok=True)
         if args.svg:
             for schedule in contest.schedules:
-                Path(args.svg, f"{schedule}.svg").write_text(picture(read(folder / schedule), schedule))
+                save_text(f"{args.svg}/{schedule}.svg", picture(read(folder / schedule), schedule))
     return answer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from llama_ds.atomic_files import overwrite
 from llama_ds.errors import UserError, shortened
 
 
@@ -67,7 +68,7 @@ def save_text(path: str, text: str) -> None:
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        overwrite(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; give another path") from None
 

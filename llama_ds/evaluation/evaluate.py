@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+from llama_ds.atomic_files import overwrite
 from llama_ds.errors import UserError
 from llama_ds.evaluation.choice_scores import NORMALIZATIONS, PLAIN, choice_scores, chosen_is_right, probability
 from llama_ds.evaluation.generated_outcomes import generated_scores
@@ -122,8 +123,7 @@ class Journal:
         self._done = {(line.pop("task"), line.pop("example")): ExampleOutcome(**line) for line in lines[1:]}
         if not lines:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(subject) + "\n")
+            overwrite(path, json.dumps(subject) + "\n")
 
     def share(self, gather: Callable[[object], Sequence[Any]]) -> None:
         """Take over what the first rank has read, so that all ranks score the same. Collective."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from llama_ds.config.text import dump_yaml
+from llama_ds.atomic_files import atomic_file, write_atomically
+from llama_ds.config.text import dump_yaml, save_text
 from llama_ds.errors import UserError
 from llama_ds.evaluation import choice_scores, generated_answers
 from llama_ds.evaluation.evaluate import Work
@@ -46,19 +46,20 @@ def write_tasks(works: Sequence[Work], names: Sequence[str], folder: str) -> lis
     """
     os.makedirs(folder, exist_ok=True)
     for source in (PROTOCOL, CHOICES, ANSWERS):
-        shutil.copyfile(source, os.path.join(folder, source.name))
+        write_atomically(os.path.join(folder, source.name), source.read_bytes())
     for work in works:
         task, name = work.task, PREFIX + work.task.name
         generates = isinstance(task, GenerationTask)
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+        with atomic_file(os.path.join(folder, f"{name}.jsonl")) as file:
             for example in work.examples:
                 line = _question(work, example) if generates else _choice(work, example)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         _write(folder, name, *(_answers_file(task) if isinstance(task, GenerationTask) else _choices_file(task)), work)
     groups = [name for name in names if name in GROUPS]
     for name in groups:
         members = [PREFIX + task.name for task in GROUPS[name]]
-        _write_text(folder, PREFIX + name, dump_yaml({"group": PREFIX + name, "task": members}))
+        text = dump_yaml({"group": PREFIX + name, "task": members})
+        save_text(os.path.join(folder, f"{PREFIX}{name}.yaml"), text)
     return [PREFIX + name for name in (*groups, *(work.task.name for work in works))]
 
 
@@ -120,9 +121,4 @@ def _write(folder: str, name: str, plain: dict[str, Any], functions: dict[str, s
     # With 0 here lm-eval ignores --num_fewshot: the shown examples are part of the prompts.
     content = {"task": name, "test_split": "test", "num_fewshot": 0, "doc_to_text": "context", **plain}
     calls = "".join(f"{key}: !function {function}\n" for key, function in functions.items())
-    _write_text(folder, name, dump_yaml(content | {"metadata": about}) + calls)
-
-
-def _write_text(folder: str, name: str, text: str) -> None:
-    with open(os.path.join(folder, f"{name}.yaml"), "w", encoding="utf-8") as file:
-        file.write(text)
+    save_text(os.path.join(folder, f"{name}.yaml"), dump_yaml(content | {"metadata": about}) + calls)

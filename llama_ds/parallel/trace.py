@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llama_ds.atomic_files import write_atomically
 from llama_ds.job.trace_format import FORMAT, RANK_FILE
 from llama_ds.parallel.step_times import StepTimes
 
@@ -126,8 +127,8 @@ class Trace:
         ]
         self._events.clear()
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, RANK_FILE.format(rank)), "w") as file:
-            json.dump({"format": FORMAT, "rank": rank, **about, "events": rows}, file, separators=(",", ":"))
+        text = json.dumps({"format": FORMAT, "rank": rank, **about, "events": rows}, separators=(",", ":"))
+        write_atomically(os.path.join(folder, RANK_FILE.format(rank)), text)
 
     def _microseconds(self, mark: Any) -> float:
         if not self._cuda:

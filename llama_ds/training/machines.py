@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llama_ds import __version__
+from llama_ds.atomic_files import write_atomically
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.machine import cpu_name
@@ -81,7 +82,7 @@ def code_of(run_dir: str) -> dict[str, Any]:
             code["untracked"] = names[:MOST_NAMES] + [f"and {len(names) - MOST_NAMES} more"] * (len(names) > MOST_NAMES)
         if changes := _git("diff", "HEAD", "--binary"):
             code["changes"] = f"code_{hashlib.sha256(changes).hexdigest()[:12]}.diff"
-            Path(run_dir, code["changes"]).write_bytes(changes)
+            write_atomically(os.path.join(run_dir, code["changes"]), changes)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("the version of the code is not recorded (%s); the run continues", error)
         return {}

@@ -27,6 +27,7 @@ from commit_contents import (
     save,
     settle,
 )
+from file_limit import files_of_at_most
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import describe
@@ -167,17 +168,6 @@ def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
     assert check_folder(folder) == [(1, step), (1, 1)]
     assert failures[None, None, None] > 1  # space for the files, but not for description and index
     assert len(failures) > 2
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Limit the size of files that this process writes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])

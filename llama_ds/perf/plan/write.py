@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from llama_ds.atomic_files import overwrite
 from llama_ds.config.recompute import parse
 from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import RunConfig
@@ -48,9 +50,11 @@ def write(run: RunConfig, folder: str | Path) -> tuple[Path, Path]:
     yaml_path, json_path = new_files(run.name, folder)
     try:
         yaml_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(run.deepspeed, indent=2) + "\n", encoding="utf-8")
-        yaml_path.write_text(run_file(run, json_path.name), encoding="utf-8")
+        overwrite(str(json_path), json.dumps(run.deepspeed, indent=2) + "\n")
+        overwrite(str(yaml_path), run_file(run, json_path.name))
     except OSError as error:
+        with suppress(OSError):
+            json_path.unlink()
         raise UserError(f"--write {folder}: cannot be written: {error.strerror}; give a writable folder") from None
     load_run(str(yaml_path))
     return yaml_path, json_path
