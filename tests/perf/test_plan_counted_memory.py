@@ -171,6 +171,15 @@ def test_torch_makes_gradients_while_activations_go() -> None:
     assert few.tensors == few.states + few.late + few.of_layer
 
 
+def test_fsdp_keeps_embedding_and_head_gathered() -> None:
+    """They are in the root's unit, whose weights stay until the backward has ended, beside those of two layers."""
+    job = job_of(1, False, 1, AUTOGRAD, pp=1, recompute="none", layers=8)
+    job = replace(job, zero_stage=3, axes=Axes(pp=1, dp=8, cp=1, tp=1))
+    (fsdp,), (other,) = _published(job), _published(replace(job, program=with_gradient_buffers(AUTOGRAD)))
+    ends = 2 * job.vocab * job.model.hidden_size
+    assert fsdp.states - other.states == pytest.approx(2 * ends - 4 * ends / 8)
+
+
 def backward(out: Tensor, grad: Tensor) -> None:
     """Run the backward without comparing the shape of the output, which is gone, with its gradient's."""
     run: Callable[..., None] = torch.autograd.Variable._execution_engine.run_backward

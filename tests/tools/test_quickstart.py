@@ -14,7 +14,7 @@ from tests import warm
 from tools import quickstart as tool
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60  # instead of 300; enough to beat the unigram model
+STEPS = 60  # instead of 200; enough to beat the unigram model
 SMALLER = (
     "data.seq_len=128",
     "model.hidden_size=128",

@@ -164,7 +164,7 @@ def _published(job: StepJob) -> list[_Held]:
         casts = job.program.gradient_bytes == 2 and job.program.state_bytes > 4
         copies = 4.0 * by_role.total() / (job.state_group.size if job.zero_stage else 1)
         states, gradients = _states(job, by_role) + _shared_buffer(job), _gradients(job, by_role)
-        made_late = job.program.late_gradients and job.micro_batches == 1
+        made_late = job.program.plain_torch and job.micro_batches == 1
         states, late = (states, gradients) if made_late else (states + gradients, 0.0)
         found.append(_Held(states, late, kept, working, of_layer, gaps, copies if casts else 0.0))
     return found
@@ -205,8 +205,9 @@ def _states(job: StepJob, by_role: Counter[Role]) -> float:
     parameters, ranks = by_role.total(), job.state_group.size
     optimizer = job.program.state_bytes * parameters / (ranks if job.zero_stage else 1)
     weights = 2.0 * parameters
-    if job.zero_stage == 3:
-        weights = weights / ranks + 4.0 * parameters / max(1, job.model.num_hidden_layers)
+    if job.zero_stage == 3:  # its share, and two layers' gathered weights
+        ends = by_role[Role.EMBEDDING] + by_role[Role.HEAD] if job.program.plain_torch else 0
+        weights = weights / ranks + 2.0 * ends + 4.0 * (parameters - ends) / max(1, job.model.num_hidden_layers)
     return weights + optimizer
 
 

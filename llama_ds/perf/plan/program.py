@@ -53,7 +53,9 @@ class Program:
     mask_launches: float = 0  # host's work for each element of a T x T mask, on the first and last stage, in launches
     sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
     gradient_bytes: float = 4  # bytes kept per parameter until the step
-    late_gradients: bool = False  # torch's: made in the first backward, as activations go, and gone after the step
+    # No buffers besides torch's: gradients are made in the first backward, as activations go, and are gone after the
+    # step. Under ZeRO-3 (FSDP), the unit that holds embedding and head stays gathered.
+    plain_torch: bool = False
     state_bytes: float = 12  # bytes kept per parameter by the optimizer: fp32 weights and two moments
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
@@ -183,7 +185,7 @@ FSDP = Program(
     overlaps_tensor=False,
     attention=TRITON,
     kept_logits=4,
-    late_gradients=True,
+    plain_torch=True,
 )
 # GPT-NeoX on DeepSpeed: Megatron's layer with fused attention, without dropout.
 NEOX = replace(
@@ -219,13 +221,13 @@ AUTOGRAD = replace(
     overlaps_tensor=False,
     blocking_sends=True,
     kept_logits=14,
-    late_gradients=True,
+    plain_torch=True,
 )
 
 # The same in programs after Megatron-LM of 2023: ZeRO-1's or DDP's reduction starts after the last backward. All of a
 # rank's fp32 gradients, not only its share, are divided by the number of ranks 8 and zeroed 4, and gathered weights are
 # copied out of the gradients' buffer 4 (`distrib_optimizer.py`).
-LLAMA = replace(AUTOGRAD, name="llama", overlaps_reduction=False, end_passes=16, late_gradients=False)
+LLAMA = replace(AUTOGRAD, name="llama", overlaps_reduction=False, end_passes=16, plain_torch=False)
 
 # Megatron-Core with Transformer Engine: fused kernels as ours, gradients in bf16, the tensor-parallel collectives in
 # chunks beside their products.

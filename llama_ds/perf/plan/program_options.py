@@ -38,6 +38,16 @@ def with_fused_loss(program: Program) -> Program:
 
 
 @cache
+def with_small_logits(program: Program) -> Program:
+    """Return a program whose loss is torch's cross entropy of 16-bit logits.
+
+    It keeps logits, log-softmax and the gradients of both: reads and writes of 2 bytes, softmax and its backward, and
+    the zeros into which the gradient of the picked logits is written.
+    """
+    return replace(program, name=f"{program.name}_small_logits", logits=MemoryTraffic(4, 8), kept_logits=8)
+
+
+@cache
 def with_fused_head(program: Program) -> Program:
     """Return a program that computes head and loss by parts of the tokens, each as large as a hidden state (Liger).
 
@@ -54,8 +64,8 @@ def with_small_gradients(program: Program) -> Program:
 
 @cache
 def with_gradient_buffers(program: Program) -> Program:
-    """Return a program that keeps gradients in buffers of its own, which exist before the backward."""
-    return replace(program, name=f"{program.name}_buffers", late_gradients=False)
+    """Return a program with gradients in buffers of its own, which exist before the backward."""
+    return replace(program, name=f"{program.name}_buffers", plain_torch=False)
 
 
 @cache
@@ -124,7 +134,7 @@ def with_megatron(program: Program) -> Program:
         logits=MEGATRON.logits,
         kept_logits=MEGATRON.kept_logits,
         sequence_first=True,
-        late_gradients=False,
+        plain_torch=False,
     )
 
 
@@ -143,7 +153,7 @@ def with_deepspeed(program: Program) -> Program:
         buffers_gib=MEGATRON.buffers_gib,
         optimizer_bytes=MEGATRON.optimizer_bytes,
         step_copies=8,
-        late_gradients=False,
+        plain_torch=False,
     )
 
 

@@ -46,6 +46,7 @@ from llama_ds.perf.plan.program_options import (
     with_separate_gate,
     with_separate_products,
     with_small_gradients,
+    with_small_logits,
     with_sums_beside_weights,
     with_transformers,
     with_waiting_reduction,
@@ -88,6 +89,7 @@ _STATED: Mapping[str, Callable[[Program], Program]] = {  # words of a note in lo
     "sharding stage 2": with_waiting_reduction,
     "norms computed again in the backward": with_recomputed_norms,
     "adamw by operations": with_plain_optimizer,
+    "loss of 16-bit logits": with_small_logits,
     "and biases": with_biases,
 }
 
