@@ -18,6 +18,8 @@ from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.memory import _published, layer_activations, published_memory
 from llama_ds.perf.plan.program import AUTOGRAD, LLAMA, Program
 from llama_ds.perf.plan.program_options import (
+    with_bf16_states,
+    with_fused_optimizer,
     with_fused_swiglu,
     with_gradient_buffers,
     with_megatron,
@@ -178,6 +180,25 @@ def test_fsdp_keeps_embedding_and_head_gathered() -> None:
     (fsdp,), (other,) = _published(job), _published(replace(job, program=with_gradient_buffers(AUTOGRAD)))
     ends = 2 * job.vocab * job.model.hidden_size
     assert fsdp.states - other.states == pytest.approx(2 * ends - 4 * ends / 8)
+
+
+def test_adamw_by_lists_makes_a_list_of_roots() -> None:
+    """torch's AdamW by lists of tensors, on a device that has them: the roots of all second moments at one time."""
+    job = replace(job_of(1, False, 1, with_bf16_states(AUTOGRAD), pp=1, recompute="full"), seq_len=16)
+    weights = [empty(64, 64).requires_grad_() for _ in range(8)]
+    for weight in weights:
+        weight.grad = empty(64, 64)
+    optimizer = torch.optim.AdamW(weights, foreach=True)
+    optimizer.step()
+    with Counted([*weights, *(weight.grad for weight in weights), *states_of(optimizer)]) as counter:
+        optimizer.step()
+    assert counter.most == pytest.approx(job.program.step_bytes * 8 * 64 * 64, rel=0.01)
+    (lists,), (fused,) = _published(job), _published(replace(job, program=with_fused_optimizer(job.program)))
+    assert lists.tensors == fused.states + 2 * parameter_count(job.model) > fused.tensors
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def backward(out: Tensor, grad: Tensor) -> None:

@@ -30,6 +30,7 @@ from llama_ds.perf.plan.program import (
 )
 from llama_ds.perf.plan.program_options import (
     with_attention,
+    with_bf16_states,
     with_biases,
     with_broadcasts,
     with_cast_norms,
@@ -37,6 +38,7 @@ from llama_ds.perf.plan.program_options import (
     with_deepspeed,
     with_fused_head,
     with_fused_loss,
+    with_fused_optimizer,
     with_fused_swiglu,
     with_gradient_buffers,
     with_megatron,
@@ -190,6 +192,8 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("no compiler: kernel for RMSNorm without overlap", LLAMA, True),
         ("kernel for RMSNorm; loss by operations", LLAMA, True),
         ("RMS kernel; loss of 16-bit logits", with_small_logits(LLAMA), True),
+        ("RMS kernel; fused AdamW", with_fused_optimizer(LLAMA), True),
+        ("weights and states in bf16, RMS kernel; fused AdamW", with_fused_optimizer(with_bf16_states(LLAMA)), True),
         ("RMS kernel; SwiGLU's result computed again", with_recomputed_swiglu(LLAMA), True),
         ("RMS kernel; head and loss in one kernel by parts", with_fused_head(LLAMA), True),
         ("transformers' layer, RMS kernel; kernel for the loss", with_fused_loss(with_transformers(LLAMA)), True),

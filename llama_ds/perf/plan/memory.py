@@ -162,11 +162,12 @@ def _published(job: StepJob) -> list[_Held]:
             working = max(working, _head_working(job))
         # An optimizer of fp32 weights casts 16-bit gradients to fp32.
         casts = job.program.gradient_bytes == 2 and job.program.state_bytes > 4
-        copies = 4.0 * by_role.total() / (job.state_group.size if job.zero_stage else 1)
+        updated = by_role.total() / (job.state_group.size if job.zero_stage else 1)
+        step = (job.program.step_bytes + 4 * casts) * updated
         states, gradients = _states(job, by_role) + _shared_buffer(job), _gradients(job, by_role)
         made_late = job.program.plain_torch and job.micro_batches == 1
         states, late = (states, gradients) if made_late else (states + gradients, 0.0)
-        found.append(_Held(states, late, kept, working, of_layer, gaps, copies if casts else 0.0))
+        found.append(_Held(states, late, kept, working, of_layer, gaps, step))
     return found
 
 

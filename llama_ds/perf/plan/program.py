@@ -57,6 +57,7 @@ class Program:
     # step. Under ZeRO-3 (FSDP), the unit that holds embedding and head stays gathered.
     plain_torch: bool = False
     state_bytes: float = 12  # bytes kept per parameter by the optimizer: fp32 weights and two moments
+    step_bytes: float = 0  # bytes per parameter of the optimizer's temporary lists of tensors
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
     element_bytes: int = 2  # bytes of an element; the traffic scales with it

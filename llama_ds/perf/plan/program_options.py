@@ -79,9 +79,16 @@ def with_bf16_states(program: Program) -> Program:
     """Return a program whose AdamW has weights, gradients and moments in bf16, and no fp32 weights.
 
     By torch's operations on lists of tensors: norm 2, clipping 4, decay 4, first moment 6, second 10, root 4, quotient
-    4, sum 4, update 8.
+    4, sum 4, update 8. The roots of all second moments are a list of their own.
     """
-    return replace(program, name=f"{program.name}_bf16_states", state_bytes=4, optimizer_bytes=46)
+    return replace(program, name=f"{program.name}_bf16_states", state_bytes=4, optimizer_bytes=46, step_bytes=2)
+
+
+@cache
+def with_fused_optimizer(program: Program) -> Program:
+    """Return a program with torch's fused AdamW, one kernel, beside norm and clipping of the gradients."""
+    bytes_moved = 20 if program.state_bytes == 4 else OURS.optimizer_bytes
+    return replace(program, name=f"{program.name}_fused_update", optimizer_bytes=bytes_moved, step_bytes=0)
 
 
 @cache
