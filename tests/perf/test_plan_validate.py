@@ -193,6 +193,8 @@ def test_kernels_of_attention_differ_by_device_and_head() -> None:
         ("kernel for RMSNorm; loss by operations", LLAMA, True),
         ("RMS kernel; loss of 16-bit logits", with_small_logits(LLAMA), True),
         ("RMS kernel; fused AdamW", with_fused_optimizer(LLAMA), True),
+        ("kernels for RMSNorm and SwiGLU", with_fused_swiglu(LLAMA), True),
+        ("kernels for RMSNorm; SwiGLU by operations", LLAMA, True),
         ("weights and states in bf16, RMS kernel; fused AdamW", with_fused_optimizer(with_bf16_states(LLAMA)), True),
         ("RMS kernel; SwiGLU's result computed again", with_recomputed_swiglu(LLAMA), True),
         ("RMS kernel; head and loss in one kernel by parts", with_fused_head(LLAMA), True),

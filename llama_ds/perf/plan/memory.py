@@ -29,9 +29,9 @@ CONTEXT_BYTES = 0.5 * GIB
 COMMUNICATOR_BYTES = 688 * 2**20
 VISIBLE = 79.15 / 80  # share of a device's memory that programs can use, by the same messages
 FRAGMENTATION = 1.08  # memory of the caching allocator over the memory of tensors, while there is enough
-# When memory runs out, the allocator cannot use gaps: shares of the activations kept and of temporaries, whose sizes
-# differ, by its rules for counted programs (docs/measurements/2026-11-30-planner-counted-memory.md).
-KEPT_GAPS, WORKING_GAPS = 0.03, 0.47
+# When memory runs out, the allocator cannot use gaps: shares of the activations kept and of a layer's temporaries, by
+# its rules for counted programs (docs/measurements/2026-11-30-planner-counted-memory.md): Megatron's, and torch's alone.
+MEGATRON_GAPS, TORCH_GAPS = (0.03, 0.47), (0.05, 0.14)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def _published(job: StepJob) -> list[_Held]:
             kept += held * (boundary * job.program.keeps_outputs * (job.pp > 1) + _kept_input(job, first=stage == 0))
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
         working = of_layer = _layer_working(job, again)
-        gaps = KEPT_GAPS * kept + WORKING_GAPS * working
+        of_kept, of_working = TORCH_GAPS if job.program.plain_torch else MEGATRON_GAPS
+        gaps = of_kept * kept + of_working * working
         if len(job.stages) - 1 in own:
             working = max(working, _head_working(job))
         # An optimizer of fp32 weights casts 16-bit gradients to fp32.

@@ -59,6 +59,7 @@ _FLASH = re.compile(r"flash[-_ ]?(?:att(?:entio)?n)?[-_ ]?(?:v|version )?([12])\
 _PLAIN = re.compile(  # beside RMSNorm
     r"\b(?:without|no)(?: an?| the)?(?: fused)?(?: kernel for)? rms|by torch|by operations|unfused|not fused"
 )
+_SWIGLU = re.compile(r"\bswiglu\b(?! by operations)")  # beside a kernel
 _SCORES = re.compile(r"\b(?:torch|megatron)\b(?!-)")  # beside attention or a kernel
 _NOT_COMPILED = re.compile(r"\b(?:no|without)(?: an?)? (?:torch\.)?compile")
 _OVERLAPPING = ("nanotron", "fsdp", "hsdp", "titan", "compile", "reduction beside the backward")
@@ -154,6 +155,8 @@ def _llama_program(note: str) -> Program:
     of_norms = [clause for clause in re.split("[;,]", note) if "rms" in clause]
     if any(map(_PLAIN.search, of_norms)) or not (overlapping or of_norms):
         program = with_plain_norms(program)
+    if any("kernel" in clause and _SWIGLU.search(clause) for clause in note.split(";")):
+        program = with_fused_swiglu(program)
     for words, changed in _STATED.items():
         program = changed(program) if words in note else program
     of_loss = [clause for clause in note.split(";") if "kernel" in clause and "loss" in clause]
