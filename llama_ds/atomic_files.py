@@ -16,16 +16,18 @@ TEMPORARY = re.compile(r".*\.tmp(-.*)?")  # names of files in progress; earlier 
 
 @contextmanager
 def atomic_file(path: str, durable: bool = False, temporary: str = "") -> Iterator[BinaryIO]:
-    """Open a file for writing that replaces `path` when the block ends; an error in the block removes it.
+    """Open a file for writing that replaces `path` when the block ends; an error removes it, and leaves `path`.
 
     It has the permissions of the file that it replaces.
 
     durable: sync it to disk before the rename, so that a power failure cannot leave the name without the content.
-    temporary: name of the file until the rename, if this process alone uses that; default: a name that no other uses.
+    temporary: name of the file until the rename, `path`.tmp by default, which the next writer uses again after a kill.
+        Where several processes may write at once, each needs its own: `temporary_name`.
     """
-    temporary = temporary or f"{path}.{secrets.token_hex(4)}.tmp"
+    temporary = temporary or f"{path}.tmp"
+    file = open(temporary, "wb")  # noqa: SIM115 (what cannot be opened is not removed)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             _copy_permissions(path, file.fileno())
             yield file
             file.flush()
@@ -38,6 +40,12 @@ def atomic_file(path: str, durable: bool = False, temporary: str = "") -> Iterat
         raise
 
 
+def temporary_name(path: str) -> str:
+    """Return a name beside `path` that no other process uses, of at most 255 bytes."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f"{name[:60]}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: str, content: str | bytes, durable: bool = False, temporary: str = "") -> None:
     """Write a file as `atomic_file` does."""
     with atomic_file(path, durable, temporary) as file:
@@ -45,16 +53,29 @@ def write_atomically(path: str, content: str | bytes, durable: bool = False, tem
 
 
 def overwrite(path: str, content: str | bytes) -> None:
-    """Write a file that a user has named, durably and atomically; a link stays, and its target is written.
+    """Write a file that a user has named, atomically and synced; a link stays, and its target is written.
 
-    What cannot be replaced is written in place: a device, a pipe, a mounted file, or one in a read-only folder.
+    What cannot be replaced, or would be another file afterwards, is written in place: a device, a pipe, a mounted file,
+    one in a read-only folder or of another user, one with several names, or the log that stdout is.
     """
     target, data = os.path.realpath(path), content.encode() if isinstance(content, str) else content
-    writable = os.access(target, os.W_OK) and os.access(os.path.dirname(target), os.W_OK)
-    if os.path.exists(path) and not (os.path.isfile(path) and writable and not os.path.ismount(target)):
+    if os.path.exists(path) and not _replaceable(os.stat(path), target):
         Path(path).write_bytes(data)
     else:
-        write_atomically(target, data, durable=True)
+        write_atomically(target, data, durable=True, temporary=temporary_name(target))
+
+
+def _replaceable(found: os.stat_result, target: str) -> bool:
+    alone = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and not os.path.ismount(target)
+    own = os.geteuid() in (0, found.st_uid) and not any(_is_stream(found, number) for number in range(3))
+    return alone and own and os.access(target, os.W_OK) and os.access(os.path.dirname(target), os.W_OK)
+
+
+def _is_stream(found: os.stat_result, number: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(number), found)
+    except OSError:  # closed
+        return False
 
 
 def _copy_permissions(path: str, file: int) -> None:
@@ -63,5 +84,8 @@ def _copy_permissions(path: str, file: int) -> None:
         with suppress(OSError):  # only members of a group may give a file to it, and only root to another owner
             os.fchown(file, -1, old.st_gid)
             os.fchown(file, old.st_uid, -1)
-        if os.fstat(file).st_mode != old.st_mode:  # not every file system can change modes
-            os.fchmod(file, stat.S_IMODE(old.st_mode))
+        new, mode = os.fstat(file), stat.S_IMODE(old.st_mode)
+        if new.st_gid != old.st_gid:
+            mode &= ~stat.S_IRWXG  # they were another group's
+        if stat.S_IMODE(new.st_mode) != mode:  # not every file system can change modes
+            os.fchmod(file, mode)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from file_limit import files_of_at_most
 
-from llama_ds.atomic_files import TEMPORARY, atomic_file, overwrite, write_atomically
+from llama_ds.atomic_files import TEMPORARY, atomic_file, overwrite, temporary_name, write_atomically
 from llama_ds.command_line import Answer, add_results, new_parser, run
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import save_text
@@ -102,14 +102,15 @@ def test_an_error_while_a_file_is_made_leaves_the_old_one(tmp_path: Path) -> Non
 @pytest.mark.parametrize("own", [False, True], ids=["any writer", "the only writer"])
 def test_a_kill_leaves_the_old_file(tmp_path: Path, own: bool) -> None:
     """What a kill leaves is known as such: to the clean-up of a build, to the inputs of a build, to the next writer."""
-    path, temporary = tmp_path / "code.jsonl", f"{tmp_path / 'code.jsonl'}.tmp" if own else ""
+    path = tmp_path / "code.jsonl"
+    temporary = f"{path}.tmp" if own else temporary_name(str(path))
     path.write_text("old")
     program = KILLED.format(path=str(path), temporary=temporary)
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == -signal.SIGKILL and path.read_text() == "old"
     (left,) = set(names(tmp_path)) - {path.name}
     assert TEMPORARY.fullmatch(left) and BACKUP.fullmatch(left)
-    write_atomically(str(path), "new", temporary=temporary)
+    write_atomically(str(path), "new", temporary="" if own else temporary_name(str(path)))
     assert path.read_text() == "new" and names(tmp_path) == ([path.name] if own else sorted([path.name, left]))
 
 
@@ -130,7 +131,7 @@ def test_two_writers_at_once_leave_the_file_of_one(tmp_path: Path) -> None:
     def write(content: str) -> None:
         try:
             for _ in range(100):
-                write_atomically(str(path), content)
+                write_atomically(str(path), content, temporary=temporary_name(str(path)))
         except BaseException as error:
             errors.append(error)
 
@@ -182,10 +183,10 @@ def shared_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def error_of_user(path: Path, content: str) -> str:
-    """Let a user without special rights write a file of that user; return the error."""
+def error_of_user(path: Path, content: str, owner: int = NOBODY) -> str:
+    """Let a user without special rights write a file of that user, or of `owner`; return the error."""
     if not os.geteuid():
-        os.chown(path, NOBODY, NOBODY)
+        os.chown(path, owner, owner)
     ours, theirs = os.pipe()
     if not (child := os.fork()):
         try:
@@ -232,6 +233,36 @@ def test_a_file_that_is_mounted_alone_is_still_written(tmp_path: Path) -> None:
             assert given.read() == b"new" and names(tmp_path) == ["file"]
         finally:
             subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_file_of_several_names_or_of_another_user_stays_the_same_file(shared_folder: Path) -> None:
+    first, second = shared_folder / "first", shared_folder / "second"
+    first.write_text("old")
+    os.link(first, second)
+    overwrite(str(first), "new")
+    assert second.read_text() == "new" and names(shared_folder) == ["first", "second"]
+    if not os.geteuid():
+        theirs = shared_folder / "theirs"
+        theirs.write_text("old")
+        theirs.chmod(0o666)
+        before = theirs.stat()
+        assert error_of_user(theirs, "new", owner=0) == ""
+        assert theirs.read_text() == "new" and theirs.stat()[: stat.ST_SIZE] == before[: stat.ST_SIZE]
+
+
+def test_a_log_that_is_stdout_keeps_what_others_write(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = "from llama_ds.atomic_files import overwrite; overwrite('/dev/stdout', 'results\\n')"
+    command = f'(echo first; {sys.executable} -c "{program}"; echo last) >> {log}'
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert log.read_text().endswith("results\nlast\n") and names(tmp_path) == ["log"]
+
+
+def test_a_long_name_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)
+    for content in ("made", "replaced"):
+        overwrite(str(path), content)
+        assert path.read_text() == content
 
 
 def test_a_link_stays(tmp_path: Path) -> None:

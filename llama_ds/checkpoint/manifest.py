@@ -265,7 +265,7 @@ def checksum(path: str) -> str:
 
 def write_durably(path: str, text: str) -> None:
     """Write a small file atomically. It is durable on return."""
-    write_atomically(path, text, durable=True, temporary=path + ".tmp")
+    write_atomically(path, text, durable=True)
     sync(os.path.dirname(path))
 
 

@@ -157,7 +157,7 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
         record.pieces.setdefault(name_of(wanted.key), []).append(piece)
     sync(partial)
     path = os.path.join(partial, _record_name(rank))
-    write_atomically(path, record.as_json(), durable=True, temporary=path + ".tmp")
+    write_atomically(path, record.as_json(), durable=True)
 
 
 def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Record]:

@@ -78,7 +78,7 @@ def _check(state: DataState) -> None:
 def save_state(path: str, state: DataState) -> None:
     """Write the state to a file atomically."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomically(path, json.dumps(state.as_json(), indent=1), durable=True, temporary=f"{path}.tmp")
+    write_atomically(path, json.dumps(state.as_json(), indent=1), durable=True)
 
 
 def planned(data: DataConfig, batches: Batches | int, geometry: Mapping[str, Split]) -> DataState:

@@ -50,10 +50,8 @@ def parse_hostfile(path: str) -> dict[str, int]:
 
 
 def write_hostfile(path: str, hosts: Mapping[str, int], comment: str = "") -> None:
-    """Write a hostfile atomically, with the lines of `comment` before its hosts."""
+    """Write a hostfile whole or not at all, with the lines of `comment` before its hosts."""
     content = hostfile_text(hosts, comment, path).encode(errors="replace")  # an argument may hold lone surrogates
-    if os.path.exists(path) and not os.path.isfile(path):  # the new file would replace a device such as /dev/stdout
-        raise UserError(f"{path}: is not a regular file, and only those can be replaced; name another for the hostfile")
     try:
         overwrite(path, content)
     except OSError as error:

@@ -189,7 +189,7 @@ def drop_steps_after(path: str, step: int) -> None:
         return
     with open(path, "rb") as file:
         lines = [line for line in file if line.endswith(b"\n") and _step(line, step) <= step]
-    with atomic_file(path, temporary=f"{path}.tmp") as file:
+    with atomic_file(path) as file:
         file.writelines(lines)
 
 

@@ -192,8 +192,7 @@ def test_a_hostfile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ("where", "message"),
     [
         ("gone/hosts", "the hostfile cannot be written: No such file or directory; name another file"),
-        ("/dev/null", "is not a regular file, and only those can be replaced; name another for the hostfile"),
-        (".", "is not a regular file, and only those can be replaced; name another for the hostfile"),
+        (".", "the hostfile cannot be written: Is a directory; name another file"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, where: str, message: str) -> None:

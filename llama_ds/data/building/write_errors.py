@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from llama_ds.atomic_files import atomic_file
+from llama_ds.atomic_files import atomic_file, temporary_name
 from llama_ds.errors import UserError
 
 
@@ -21,7 +21,7 @@ def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iter
         UserError: it cannot be written; for a full disk, names the folder, the space needed (at least
             `expected_bytes`) and the free space.
     """
-    with reporting_write_errors(path, expected_bytes), atomic_file(path, durable=wait) as file:
+    with reporting_write_errors(path, expected_bytes), atomic_file(path, wait, temporary_name(path)) as file:
         yield file
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from llama_ds.atomic_files import overwrite
@@ -48,13 +47,16 @@ def write(run: RunConfig, folder: str | Path) -> tuple[Path, Path]:
         UserError: The folder cannot be written to, or holds such files.
     """
     yaml_path, json_path = new_files(run.name, folder)
+    content = run_file(run, json_path.name)
     try:
         yaml_path.parent.mkdir(parents=True, exist_ok=True)
         overwrite(str(json_path), json.dumps(run.deepspeed, indent=2) + "\n")
-        overwrite(str(yaml_path), run_file(run, json_path.name))
-    except OSError as error:
-        with suppress(OSError):
+        try:
+            overwrite(str(yaml_path), content)
+        except BaseException:  # without the run file, the same command would refuse to replace the JSON
             json_path.unlink()
+            raise
+    except OSError as error:
         raise UserError(f"--write {folder}: cannot be written: {error.strerror}; give a writable folder") from None
     load_run(str(yaml_path))
     return yaml_path, json_path

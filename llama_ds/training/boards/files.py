@@ -39,7 +39,7 @@ class CsvFile:
         kept = _rows_until(path, first_step)
         table = io.StringIO()
         csv.writer(table).writerows((self.HEADER, *kept))
-        write_atomically(path, table.getvalue(), temporary=f"{path}.tmp")
+        write_atomically(path, table.getvalue())
         self._file = open(path, "a", buffering=1, newline="")  # noqa: SIM115 (closed by close)
         self._writer = csv.writer(self._file)
 

@@ -47,7 +47,7 @@ class ServiceRun:
     def write(self, step: int) -> None:
         """Record that the service holds all steps up to `step`."""
         step = max(step, self.held)
-        write_atomically(self.path, json.dumps({"id": self.id, "step": step}), temporary=f"{self.path}.tmp")
+        write_atomically(self.path, json.dumps({"id": self.id, "step": step}))
 
 
 class WandbRun:

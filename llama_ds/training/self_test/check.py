@@ -148,6 +148,6 @@ def _remember(path: str, record: dict[str, Any]) -> None:
         return
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomically(path, json.dumps([*records, record]), temporary=f"{path}.tmp")
+        write_atomically(path, json.dumps([*records, record]))
     except OSError as error:  # the run itself says what to do about its folder
         logger.warning("self-test: its result cannot be remembered, the next start repeats it (%s)", error)
