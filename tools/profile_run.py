@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from llama_ds.perf.trace.analyse import Analysis
 
 EXAMPLES = """examples:
-  tools/profile_run.py record ds_configs/quickstart.yaml parallel.micro_batch=4 --ranks first,last --steps 3
+  tools/profile_run.py record ds_configs/quickstart.yaml parallel.micro_batch=2 --ranks first,last --steps 3
   tools/profile_run.py record ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --ranks first,last --svg step.svg
   tools/profile_run.py analyse runs/quickstart-profile/trace --svg step.svg --fail-if 'bubble>20' --fail-if 'gemm<40'
 """

@@ -73,7 +73,7 @@ def test_sums_of_input_gradients_beside_weight_gradients_are_mostly_hidden(tmp_p
 def test_held_out_runs_that_were_out_of_memory_are_recognised() -> None:
     found = fits(read_rows(DATA / "held_out_runs.csv"), MACHINES)
     assert found and (found.ran, found.failed) == (660, 43)
-    assert found.said_to_fail >= 11, "gdGPT's ZeRO-3 with 1,024 and 1,280 tokens a row is said to fit"
+    assert found.said_to_fail >= 36, "FastChat's and lit-llama's FSDP and two of gdGPT's by ZeRO-3 are said to fit"
     assert found.agreement >= 0.955
 
 

@@ -1,4 +1,4 @@
-"""The memory model of plain torch programs against transformers' LLaMA, whose tensors are counted on the meta device."""
+"""The memory model of plain torch programs against transformers' LLaMA, whose tensors are counted without memory."""
 
 from __future__ import annotations
 

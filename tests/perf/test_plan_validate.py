@@ -240,8 +240,8 @@ def test_it_is_said_what_rows_leave_open(tmp_path: Path) -> None:
     assert rows[1].assumed == (*words, "the network of the machine's description", *kernels)
     assert assumptions([*rows, rows[1]], MACHINES) == dict.fromkeys(rows[1].assumed, 2)
     data, text = errors(check(rows, MACHINES)[0], {}, {}, None, each=False)
-    stated = data["overall"]["these, but for unstated networks"]
-    assert (data["overall"]["all A100 | time"]["rows"], stated["rows"]) == (3, 2) and "unstated networks" in text
+    stated = data["overall"]["all A100, network stated | time"]
+    assert (data["overall"]["all A100 | time"]["rows"], stated["rows"]) == (3, 2) and "network stated" in text
 
 
 def test_norms_by_operations_and_scores_take_time_and_memory(tmp_path: Path) -> None:

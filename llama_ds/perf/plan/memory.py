@@ -1,9 +1,10 @@
 """Peak memory of a rank: by `layout/rank_memory.py` for this stack's runs, by formulas for published runs.
 
-A published program with P parameters on a rank holds 2 P bytes of weights, 2 P or 4 P of gradients and 12 P of
-optimizer states (fp32 weights and two moments); ZeRO shards them over dp (Rajbhandari et al., arXiv 1910.02054,
-section 5). Activations follow Korthikanti et al. (arXiv 2205.05198, equations 1 to 6), for all micro-batches in flight.
-Those of LLaMA-like programs are counted (`tests/perf/test_plan_counted_memory.py`).
+A published program with P parameters on a rank holds 2 P bytes of weights, 2 P or 4 P of gradients (torch alone: once
+activations have gone) and 12 P of optimizer states (fp32 weights and two moments); ZeRO shards them over dp
+(Rajbhandari et al., arXiv 1910.02054, section 5). Activations follow Korthikanti et al. (arXiv 2205.05198, equations 1
+to 6), for all micro-batches in flight. Those of LLaMA-like programs are counted
+(`tests/perf/test_plan_counted_memory.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ COMMUNICATOR_BYTES = 688 * 2**20
 VISIBLE = 79.15 / 80  # share of a device's memory that programs can use, by the same messages
 FRAGMENTATION = 1.08  # memory of the caching allocator over the memory of tensors, while there is enough
 # When memory runs out, the allocator cannot use gaps: shares of the activations kept and of a layer's temporaries, by
-# its rules for counted programs (docs/measurements/2026-11-30-planner-counted-memory.md): Megatron's, and torch's alone.
+# its rules for counted programs (docs/measurements/2026-11-30-planner-counted-memory.md), Megatron's and torch's alone.
 MEGATRON_GAPS, TORCH_GAPS = (0.03, 0.47), (0.05, 0.14)
 
 
@@ -129,7 +130,7 @@ class _Held(NamedTuple):
 
     @property
     def tensors(self) -> float:
-        """The largest sum at one time: the activations have gone when the step begins."""
+        """The largest sum at one time: activations have gone when late gradients are all there, and the step begins."""
         return self.states + max(self.kept + self.working, self.late + max(self.of_layer, self.step))
 
     @property
@@ -166,7 +167,10 @@ def _published(job: StepJob) -> list[_Held]:
         updated = by_role.total() / (job.state_group.size if job.zero_stage else 1)
         step = (job.program.step_bytes + 4 * casts) * updated
         states, gradients = _states(job, by_role) + _shared_buffer(job), _gradients(job, by_role)
-        made_late = job.program.plain_torch and job.micro_batches == 1
+        # Replicas (DDP) have buckets of all gradients from the start.
+        made_late = (
+            job.program.plain_torch and job.micro_batches == 1 and (job.zero_stage >= 2 or job.axes.data_axis == 1)
+        )
         states, late = (states, gradients) if made_late else (states + gradients, 0.0)
         found.append(_Held(states, late, kept, working, of_layer, gaps, step))
     return found

@@ -53,8 +53,8 @@ class Program:
     mask_launches: float = 0  # host's work for each element of a T x T mask, on the first and last stage, in launches
     sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
     gradient_bytes: float = 4  # bytes kept per parameter until the step
-    # No buffers besides torch's: gradients are made in the first backward, as activations go, and are gone after the
-    # step. Under ZeRO-3 (FSDP), the unit that holds embedding and head stays gathered.
+    # No buffers besides torch's: without replicas, gradients are made in the first backward, as activations go, and are
+    # gone after the step. Under ZeRO-3 (FSDP), the unit that holds embedding and head stays gathered.
     plain_torch: bool = False
     state_bytes: float = 12  # bytes kept per parameter by the optimizer: fp32 weights and two moments
     step_bytes: float = 0  # bytes per parameter of the optimizer's temporary lists of tensors
