@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.axes import Axes
 from llama_ds.parallel.dry_run.ledger import OTHER, Ledger
 from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.program import Program
+from llama_ds.perf.plan.rows import stages_of
 
 
 class Counted(Ledger):
@@ -50,6 +54,36 @@ class Counted(Ledger):
         super()._release(key)
         if key in self._numbers:
             self.events.append((self._numbers.pop(key), 0))
+
+
+def layers_job(
+    shape: tuple[int, int, int, int], layers: int, program: Program, recompute: str, pp: int = 1, **changes: Any
+) -> StepJob:
+    """Return the job of a model by (hidden size, inner size, heads, key-value heads), with `changes` of a StepJob."""
+    hidden, inner, heads, kv_heads = shape
+    model = ModelConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        tie_word_embeddings=False,
+    )
+    settings: dict[str, Any] = {
+        "seq_len": 2048,
+        "micro_batch": 1,
+        "micro_batches": 1,
+        "axes": Axes(pp=pp, dp=1, cp=1, tp=1),
+        "sequence_parallel": False,
+        "zero_stage": 1,
+        "schedule": "1f1b",
+        "chunks": 1,
+        "extra_warmup": 0,
+        "stages": stages_of(layers, pp, recompute),
+    }
+    return StepJob(model=model, program=program, **{**settings, **changes})
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from caching_allocator import Allocator
-from counted_layers import Counted, Layer, Loss, Product, empty
+from counted_layers import Counted, Layer, Loss, Product, empty, layers_job
 from torch import Tensor
 
-from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.job import StepJob
@@ -26,7 +25,6 @@ from llama_ds.perf.plan.program_options import (
     with_plain_norms,
     without_flash,
 )
-from llama_ds.perf.plan.rows import stages_of
 
 Case = tuple[int, bool, int, bool, str, bool]
 CASES: list[
@@ -52,30 +50,9 @@ def program_of(plain_norms: bool, attention: str, swiglu_kernel: bool) -> Progra
 
 def job_of(tp: int, sharded: bool, rows: int, program: Program, pp: int, recompute: str, layers: int = 2) -> StepJob:
     """LLaMA 13B's layers, `layers` on each of `pp` stages."""
-    model = ModelConfig(
-        vocab_size=32000,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=layers * pp,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-        tie_word_embeddings=False,
-    )
-    return StepJob(
-        model=model,
-        program=program,
-        seq_len=2048,
-        micro_batch=rows,
-        micro_batches=4 * pp,
-        axes=Axes(pp=pp, dp=1, cp=1, tp=tp),
-        sequence_parallel=sharded,
-        zero_stage=1,
-        schedule="1f1b",
-        chunks=1,
-        extra_warmup=0,
-        stages=stages_of(layers * pp, pp, recompute),
-    )
+    axes = Axes(pp=pp, dp=1, cp=1, tp=tp)
+    settings = {"micro_batch": rows, "micro_batches": 4 * pp, "axes": axes, "sequence_parallel": sharded}
+    return layers_job((5120, 13824, 40, 40), layers * pp, program, recompute, pp, **settings)
 
 
 def boundary(job: StepJob) -> Tensor:

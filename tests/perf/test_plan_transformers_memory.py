@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from caching_allocator import Allocator
-from counted_layers import Counted, empty
+from counted_layers import Counted, empty, layers_job
 from torch import Tensor
 from torch.autograd import Function
 from transformers import AttentionInterface, LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from llama_ds.config.schema import ModelConfig
-from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.memory import _published
 from llama_ds.perf.plan.row_programs import program_of
-from llama_ds.perf.plan.rows import stages_of
 
 NOTE = (
     "transformers' LLaMA by FSDP; gradients in bf16; FlashAttention-2; RMSNorm by torch's operations, rotary embedding "
     "too; q, k, v, gate and up in separate products"
 )
-CASES = [  # hidden and inner size, heads, key-value heads, rows of a micro-batch, their length, checkpointing
-    (4096, 14336, 32, 8, 8, 2048, True),
-    (4096, 14336, 32, 8, 8, 2048, False),
-    (5120, 13824, 40, 40, 4, 4096, True),
-    (4096, 11008, 32, 32, 1, 8192, False),
+CASES = [  # (hidden size, inner size, heads, key-value heads), rows of a micro-batch, their length, checkpointing
+    ((4096, 14336, 32, 8), 8, 2048, True),
+    ((4096, 14336, 32, 8), 8, 2048, False),
+    ((5120, 13824, 40, 40), 4, 4096, True),
+    ((4096, 11008, 32, 32), 1, 8192, False),
 ]
 
 
@@ -50,33 +48,11 @@ class Flash(Function):
         return grads
 
 
-def job_of(hidden: int, inner: int, heads: int, kv_heads: int, rows: int, tokens: int, recompute: bool) -> StepJob:
-    """Some layers between an embedding and a head of hardly any rows, on one GPU, without accumulation."""
-    layers = 6
-    model = ModelConfig(
-        vocab_size=1000,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        tie_word_embeddings=False,
-    )
-    return StepJob(
-        model=model,
-        program=program_of({"note": NOTE, "model": "LLaMA"}),
-        seq_len=tokens,
-        micro_batch=rows,
-        micro_batches=1,
-        axes=Axes(pp=1, dp=1, cp=1, tp=1),
-        sequence_parallel=False,
-        zero_stage=0,
-        schedule="1f1b",
-        chunks=1,
-        extra_warmup=0,
-        stages=stages_of(layers, 1, "full" if recompute else "none"),
-    )
+def job_of(shape: tuple[int, int, int, int], rows: int, tokens: int, recompute: bool) -> StepJob:
+    """Some layers on one GPU, without accumulation."""
+    program, policy = program_of({"note": NOTE, "model": "LLaMA"}), "full" if recompute else "none"
+    job = layers_job(shape, 6, program, policy, seq_len=tokens, micro_batch=rows, zero_stage=0)
+    return replace(job, model=replace(job.model, vocab_size=1000))  # embedding and head hardly count
 
 
 def counted_step(job: StepJob, recompute: bool) -> Counted:
@@ -108,8 +84,8 @@ def test_transformers_layers_hold_what_is_planned(monkeypatch: pytest.MonkeyPatc
     """And the caching allocator loses as much to gaps, over all cases: single ones scatter."""
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda *_, **__: None)
     lost = planned = 0.0
-    for *sizes, recompute in CASES:
-        job = job_of(*sizes, recompute)
+    for shape, rows, tokens, recompute in CASES:
+        job = job_of(shape, rows, tokens, recompute)
         held, counter = _published(job)[0], counted_step(job, recompute)
         # The plan has all gradients where the first layer's backward still has to make its own.
         assert counter.most == pytest.approx(max(held.kept, held.late) + held.of_layer, rel=0.1)

@@ -167,10 +167,8 @@ def _published(job: StepJob) -> list[_Held]:
         updated = by_role.total() / (job.state_group.size if job.zero_stage else 1)
         step = (job.program.step_bytes + 4 * casts) * updated
         states, gradients = _states(job, by_role) + _shared_buffer(job), _gradients(job, by_role)
-        # Replicas (DDP) have buckets of all gradients from the start.
-        made_late = (
-            job.program.plain_torch and job.micro_batches == 1 and (job.zero_stage >= 2 or job.axes.data_axis == 1)
-        )
+        replicas = job.zero_stage < 2 and job.axes.data_axis > 1  # DDP has buckets of all gradients from the start
+        made_late = job.program.plain_torch and job.micro_batches == 1 and not replicas
         states, late = (states, gradients) if made_late else (states + gradients, 0.0)
         found.append(_Held(states, late, kept, working, of_layer, gaps, step))
     return found

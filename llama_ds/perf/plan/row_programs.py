@@ -155,11 +155,12 @@ def _llama_program(note: str) -> Program:
     of_norms = [clause for clause in re.split("[;,]", note) if "rms" in clause]
     if any(map(_PLAIN.search, of_norms)) or not (overlapping or of_norms):
         program = with_plain_norms(program)
-    if any("kernel" in clause and _SWIGLU.search(clause) for clause in note.split(";")):
+    of_kernels = [clause for clause in note.split(";") if "kernel" in clause]
+    if any(map(_SWIGLU.search, of_kernels)):
         program = with_fused_swiglu(program)
     for words, changed in _STATED.items():
         program = changed(program) if words in note else program
-    of_loss = [clause for clause in note.split(";") if "kernel" in clause and "loss" in clause]
+    of_loss = [clause for clause in of_kernels if "loss" in clause]
     if of_loss:  # last, because it replaces what those above say of the loss
         program = (with_fused_head if any("head" in clause for clause in of_loss) else with_fused_loss)(program)
     kernel = _unfused_attention(note)
